@@ -1,0 +1,95 @@
+"""Network recipes: a frozen dataclass says what, a plain function builds it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ocnopt.experiments.errors import InputError
+from ocnopt.experiments.problems import Activation
+
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+@dataclass(frozen=True)
+class FCN:
+    """A fully connected network; one linear layer more than there are hidden widths.
+
+    Attributes:
+        widths: Hidden widths, first to last.
+        activation: Non-linearity after every layer but the last.
+    """
+
+    widths: tuple[int, ...] = (32, 32, 32, 16)
+    activation: Activation = "tanh"
+
+
+@dataclass(frozen=True)
+class CNN:
+    """Four 3x3 convolutions, a 2x2 max-pool after the second and fourth, two linear layers.
+
+    Attributes:
+        channels: Channels of every convolution.
+        hidden: Width between the two linear layers.
+    """
+
+    channels: int = 32
+    hidden: int = 128
+
+
+def fcn(recipe: FCN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Build a fully connected network.
+
+    Args:
+        recipe: What to build.
+        shape: Shape of one input; flattened.
+        classes: Number of outputs (logits).
+
+    Returns:
+        A network from (batch, *shape) to (batch, classes).
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = math.prod(shape)
+    for width in recipe.widths:
+        layers += [nn.Linear(inputs, width), _ACTIVATIONS[recipe.activation]()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+def cnn(recipe: CNN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    """Build a convolutional network.
+
+    Args:
+        recipe: What to build.
+        shape: Shape of one image, (channels, height, width); at least 4 pixels each way.
+        classes: Number of outputs (logits).
+
+    Returns:
+        A network from (batch, *shape) to (batch, classes).
+
+    Raises:
+        InputError: If the inputs are no images, or too small to be pooled twice.
+    """
+    if len(shape) != 3 or min(shape[1:]) < 4:
+        raise InputError(f"cnn needs images of at least 4x4 pixels, not inputs of shape {shape}")
+    inputs, height, width = shape
+    layers: list[nn.Module] = []
+    for number in (1, 2, 3, 4):
+        layers += [nn.Conv2d(inputs, recipe.channels, 3, padding=1), nn.ReLU()]
+        if number % 2 == 0:
+            layers.append(nn.MaxPool2d(2))
+        inputs = recipe.channels
+    features = recipe.channels * (height // 4) * (width // 4)
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(features, recipe.hidden),
+        nn.ReLU(),
+        nn.Linear(recipe.hidden, classes),
+    )
