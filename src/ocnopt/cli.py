@@ -68,6 +68,7 @@ def _app() -> App:
         help="Optimal-control optimizers for PyTorch.",
         version=lambda: metadata.version("ocnopt"),
         default_parameter=Parameter(negative=(), show_default=False),
+        suppress_keyboard_interrupt=False,
     )
     app.command(train)
     return app

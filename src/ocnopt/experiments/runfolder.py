@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,9 @@ class RunFolder:
     def _read_checkpoint(self) -> dict[str, Any]:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        except OSError as error:
+            raise InputError(f"{self.checkpoint} cannot be read: {error.strerror}") from None
+        except Exception:  # damaged bytes can end in almost any error
             raise InputError(
                 f"{self.checkpoint} is damaged; remove it to start this run over"
             ) from None

@@ -12,7 +12,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -31,9 +30,8 @@ def progress_bar() -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
         console=console,
@@ -108,7 +106,7 @@ def print_result(console: Console, result: TrainResult) -> None:
         result: The run.
     """
     config = result.config
-    network = config.network
+    network: str = config.network
     if config.widths is not None:
         network += f" {'-'.join(map(str, config.widths))} {config.activation}"
     options = "".join(f" {name}={value}" for name, value in config.options.items())
@@ -126,7 +124,8 @@ def print_result(console: Console, result: TrainResult) -> None:
     if result.diverged_step is not None:
         table.add_row("diverged", f"at step {result.diverged_step:,}; try a smaller --lr")
     else:
-        table.add_row("train loss", f"{result.train_loss:.4f} (mean over the last epoch)")
+        last = min(result.steps, result.steps_per_epoch)
+        table.add_row("train loss", f"{result.train_loss:.4f} (mean of the last {last:,} steps)")
     table.add_row("test accuracy", f"{100 * result.test_accuracy:.2f} %")
     if result.diagnostics is not None:
         table.add_row("last step", _diagnostics(result.diagnostics))

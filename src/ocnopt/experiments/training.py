@@ -231,17 +231,14 @@ class _Run:
         """Share of test samples classified right; outputs that are not finite count as wrong."""
         self.model.eval()
         right = torch.zeros((), dtype=torch.int64, device=self.device)
+        x, y = self.data.test_x, self.data.test_y
         with torch.no_grad():
-            for x, y in zip(
-                self.data.test_x.split(_EVALUATION_BATCH),
-                self.data.test_y.split(_EVALUATION_BATCH),
-                strict=True,
-            ):
-                outputs = self.model(x)
-                hit = (outputs.argmax(1) == y) & torch.isfinite(outputs).all(1)
-                right += hit.sum()
+            for start in range(0, len(y), _EVALUATION_BATCH):
+                part = slice(start, start + _EVALUATION_BATCH)
+                outputs = self.model(x[part])
+                right += ((outputs.argmax(1) == y[part]) & torch.isfinite(outputs).all(1)).sum()
         self.model.train()
-        return int(right) / len(self.data.test_y)
+        return int(right) / len(y)
 
     def _losses(self) -> Tensor:
         """The losses of the steps that count, a diverged step's included."""
