@@ -59,14 +59,14 @@ def _fail(message: str) -> int:
 
 
 def _app() -> App:
-    from importlib import metadata
-
     from cyclopts import App, Parameter
+
+    from ocnopt import __version__
 
     app = App(
         name="ocnopt",
         help="Optimal-control optimizers for PyTorch.",
-        version=lambda: metadata.version("ocnopt"),
+        version=__version__,
         default_parameter=Parameter(negative=(), show_default=False),
         suppress_keyboard_interrupt=False,
     )

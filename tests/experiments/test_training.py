@@ -120,7 +120,7 @@ def test_damaged_checkpoint_is_named(tmp_path, damage):
     train(wine(steps=3, output=tmp_path))
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:-300] if damage is None else damage)
-    with pytest.raises(InputError, match=r"checkpoint\.pt is damaged"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read"):
         train(wine(steps=3, output=tmp_path, resume=True))
 
 

@@ -114,11 +114,10 @@ class RunFolder:
     def _read_checkpoint(self) -> dict[str, Any]:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise InputError(f"{self.checkpoint} cannot be read: {error.strerror}") from None
-        except Exception:  # damaged bytes can end in almost any error
+        except Exception as error:  # damaged bytes can end in almost any
             raise InputError(
-                f"{self.checkpoint} is damaged; remove it to start this run over"
+                f"{self.checkpoint} cannot be read ({type(error).__name__}); if it is damaged,"
+                " remove it to start this run over"
             ) from None
         if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
             raise InputError(
