@@ -1,0 +1,1 @@
+"""The optimal-control core: players, recording, Bellman pass, rollouts."""

@@ -1,0 +1,204 @@
+"""The samples of one recorded pass: how many, at what scale, with which terminal values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ocnopt.control.players import Player
+from ocnopt.control.record import Pass, TerminalCall, Use, count_samples
+from ocnopt.control.terminal import TerminalCost
+from ocnopt.control.trace import Trace
+from ocnopt.curvature.metric import to_float
+
+__all__ = ["Batch", "gather"]
+
+
+@dataclass
+class Batch:
+    """One pass as the sweep sees it.
+
+    A recorded signal is the gradient of the total loss; ``lift`` turns it into the gradient of the
+    sample's own cost, whose mean (or sum) the loss is.
+
+    Attributes:
+        samples: B.
+        weight: What a sample's own cost counts in the total, a number or (B,).
+        lift: ``1 / weight``, a number or (B,); zero where the weight is.
+        v: Value coefficients at the output, (B,) or (B, r).
+        k: Value Hessian coefficients at the output, (B,) or (B, r, r).
+        traces: What every player did.
+        skipped: Players whose calls could not be told apart by sample, with the reason.
+    """
+
+    samples: int
+    weight: float | Tensor
+    lift: float | Tensor
+    v: Tensor
+    k: Tensor
+    traces: dict[Player, Trace] = field(default_factory=dict)
+    skipped: dict[Player, str] = field(default_factory=dict)
+    source: Pass | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of columns r."""
+        return 1 if self.v.dim() == 1 else self.v.shape[1]
+
+    def own(self, values: Tensor) -> Tensor:
+        """Raw directional derivatives (of the columns as recorded) in the sample's own units."""
+        if self.rank == 1:
+            return values * self.lift
+        out = values.clone()
+        out[:, 0] = out[:, 0] * self.lift
+        return out
+
+    def own_gram(self, s: Tensor) -> Tensor:
+        """A raw Gram matrix in the sample's own units."""
+        if self.rank == 1:
+            return s * self.lift * self.lift
+        out = s.clone()
+        lift = self.lift if isinstance(self.lift, float) else self.lift[:, None]
+        out[:, 0, :] = out[:, 0, :] * lift
+        out[:, :, 0] = out[:, :, 0] * lift
+        return out
+
+    def signal_weights(self, x: Tensor) -> Tensor:
+        """Coefficients of the recorded columns whose sum is ``weight * P x``."""
+        if self.rank == 1:
+            return x
+        weight = self.weight if isinstance(self.weight, float) else self.weight[:, None]
+        out = x * weight
+        out[:, 0] = x[:, 0]
+        return out
+
+    def signal_own(self, x: Tensor) -> Tensor:
+        """Coefficients of the recorded columns whose sum is ``P x``."""
+        if self.rank == 1:
+            return x * self.lift
+        out = x.clone()
+        out[:, 0] = out[:, 0] * self.lift
+        return out
+
+    def baseline(self) -> Tensor:
+        """The coefficients at which the weighted sum is the ordinary gradient."""
+        if self.rank == 1:
+            return torch.ones_like(self.v)
+        out = torch.zeros_like(self.v)
+        out[:, 0] = 1
+        return out
+
+
+def gather(
+    passes: list[Pass], terminal: TerminalCost, reduction: str, processes: int
+) -> list[Batch]:
+    """Turn recorded passes into batches.
+
+    Args:
+        passes: Recorded passes with gradients.
+        terminal: The terminal cost.
+        reduction: "mean" or "sum": how the criterion reduces over samples.
+        processes: Data-parallel processes; the total is the mean of theirs.
+
+    Returns:
+        One batch per pass whose samples could be told apart.
+    """
+    counted = []
+    for recorded in passes:
+        calls = [call for call in recorded.calls if call.scale is not None]
+        counted.append((recorded, calls, count_samples(recorded.received, calls)))
+    everyone = sum(samples for _, _, samples in counted)
+    batches = []
+    for recorded, calls, samples in counted:
+        table = recorded.uses()
+        if not samples:
+            reason = "the criterion's rows are no multiple of any layer's first dimension"
+            empty = torch.zeros(0)
+            batches.append(
+                Batch(0, 1.0, 1.0, empty, empty, {}, dict.fromkeys(table, reason), recorded)
+            )
+            continue
+        device = next(iter(table)).params[0].device
+        dtype = to_float(next(iter(table)).params[0].dtype)
+        scale: float | Tensor = 0.0
+        for call in calls:
+            scale = scale + _scale(call, samples)
+        if not calls:
+            # Without the criterion the loss is taken to be the mean over all samples at hand.
+            scale = samples / everyone if reduction == "mean" else 1.0
+        count = samples if reduction == "mean" else 1
+        if calls and calls[0].loss.dim() > 0:
+            count = 1
+        weight = scale / (count * processes)
+        if isinstance(scale, float):
+            lift: float | Tensor = count / scale if scale else 0.0
+        else:
+            lift = torch.where(scale == 0, torch.zeros_like(scale), count / scale)
+        v, k = _terminal_values(terminal, calls, samples, scale, count, dtype, device)
+        batch = Batch(samples, weight, lift, v, k, source=recorded)
+        for player, uses in table.items():
+            mismatch = _mismatch(uses, samples)
+            if mismatch is None:
+                batch.traces[player] = Trace(player, uses, samples, dtype)
+            else:
+                batch.skipped[player] = mismatch
+        batches.append(batch)
+    return batches
+
+
+def _mismatch(uses: list[Use], samples: int) -> str | None:
+    """Why a player's calls cannot be told apart by sample, or None."""
+    rows = {use.rows for use in uses}
+    if len(rows) > 1:
+        return f"its calls differ in their number of rows ({sorted(rows)})"
+    (size,) = rows
+    if size == 0 or size % samples:
+        return f"the {size} rows of its output are no multiple of the {samples} samples"
+    return None
+
+
+def _scale(call: TerminalCall, samples: int) -> float | Tensor:
+    """Factor with which one call's value entered the total, a number or (B,)."""
+    assert call.scale is not None
+    if call.loss.dim() == 0:
+        return float(call.scale)
+    return call.scale.reshape(samples, -1).mean(1)
+
+
+def _terminal_values(
+    terminal: TerminalCost,
+    calls: list[TerminalCall],
+    samples: int,
+    scale: float | Tensor,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """v_T and K_T in the sample's own units."""
+    v = torch.ones(samples, dtype=dtype, device=device)
+    if terminal.form == "outer-product" or not calls:
+        return v, v.clone()
+    if terminal.form == "matched":
+        quad: Tensor | float = 0.0
+        square: Tensor | float = 0.0
+        for call in calls:
+            own = _scale(call, samples)
+            q, n = terminal.along_gradient(call, samples)
+            quad = quad + q.to(dtype) * own**3
+            square = square + n.to(dtype) * own**2
+        assert isinstance(quad, Tensor) and isinstance(square, Tensor)
+        kappa = quad * (scale / count) / square.square()
+        return v, torch.where(square > 0, kappa, torch.zeros_like(kappa)).nan_to_num_(0.0)
+    parts = []
+    for call in calls:
+        size = call.output.numel() // samples
+        own = _scale(call, samples)
+        factor = own * count / scale if not isinstance(scale, float) or scale else 0.0
+        part = torch.as_tensor(factor, dtype=dtype, device=device).expand(samples)
+        parts.append(part[:, None].expand(samples, size))
+    diagonal = torch.cat([torch.zeros(samples, 1, dtype=dtype, device=device), *parts], 1)
+    first = torch.zeros_like(diagonal)
+    first[:, 0] = 1
+    return first, torch.diag_embed(diagonal)

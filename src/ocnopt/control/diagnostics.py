@@ -1,0 +1,154 @@
+"""What a step was expected to do, what it did, and how much of it was feedback."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.control.batch import Batch
+from ocnopt.control.sweep import Sweep
+
+__all__ = ["Diagnostics", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one player, or of the whole step.
+
+    Attributes:
+        predicted_decrease: How much the quadratic model of the cost says the mean cost per sample
+            falls (a sum where the criterion sums); None where no model was built.
+        actual_decrease: The same, measured by running the batch again; the total's alone, and
+            None where it was not measured.
+        feedback_share: Mean over samples of feedback relative to the open-loop term.
+        clipped_share: Share of samples whose feedback hit its bound.
+        damping: Damping in use, of factored preconditioners.
+        failures: Factorization attempts that failed, since the optimizer was built.
+    """
+
+    predicted_decrease: float | None = None
+    actual_decrease: float | None = None
+    feedback_share: float = 0.0
+    clipped_share: float = 0.0
+    damping: float | None = None
+    failures: int = 0
+
+
+@dataclass
+class Diagnostics:
+    """Figures of the last step; computed when read, from a few numbers per sample.
+
+    Attributes:
+        total: The whole step.
+        players: One row per player, in forward order, by module name.
+    """
+
+    total: Row = field(default_factory=Row)
+    players: dict[str, Row] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "total": asdict(self.total),
+            "players": {name: asdict(row) for name, row in self.players.items()},
+        }
+
+
+@dataclass
+class Ledger:
+    """The few tensors of a step from which :class:`Diagnostics` is computed on demand."""
+
+    names: list[str]
+    reports: list[dict[str, float]]
+    feedback: list[list[tuple[Tensor, ...] | None]]
+    path: list[list[Tensor | None]]
+    terminal: list[tuple[Tensor, Tensor, Tensor | float]]
+    mean: bool
+    actual: float | None = None
+
+    @classmethod
+    def of(cls, sweep: Sweep, reports: list[dict[str, float]], mean: bool) -> Ledger:
+        """Keep what is small of a finished sweep."""
+        return cls(
+            [stage.player.name or "(model)" for stage in sweep.stages],
+            reports,
+            [stage.feedback for stage in sweep.stages],
+            sweep.path,
+            [_terminal(batch) for batch in sweep.batches],
+            mean,
+        )
+
+    def read(self) -> Diagnostics:
+        """Compute the figures."""
+        rows: dict[str, Row] = {}
+        before = 0.0
+        shares: list[tuple[float, float]] = []
+        for i, name in enumerate(self.names):
+            after = self._decrease(self.path[i]) if i < len(self.path) else None
+            share, clipped = self._shares(self.feedback[i])
+            shares.append((share, clipped))
+            report = self.reports[i]
+            failures = int(report.get("failures", 0))
+            rows[name] = Row(
+                None if after is None else after - before,
+                None,
+                share,
+                clipped,
+                report.get("damping"),
+                failures,
+            )
+            before = before if after is None else after
+        count = max(1, len(shares))
+        dampings = [r["damping"] for r in self.reports if "damping" in r]
+        total = Row(
+            before if self.path else None,
+            self.actual,
+            sum(s for s, _ in shares) / count,
+            sum(c for _, c in shares) / count,
+            max(dampings) if dampings else None,
+            sum(row.failures for row in rows.values()),
+        )
+        return Diagnostics(total, rows)
+
+    def _decrease(self, rho: list[Tensor | None]) -> float:
+        """``- sum_i w_i (v_T . rho + rho^T K_T rho / 2)`` with weights that add to one."""
+        fall = 0.0
+        weights = 0.0
+        for moved, (v, k, weight) in zip(rho, self.terminal, strict=True):
+            w = torch.as_tensor(weight, dtype=v.dtype, device=v.device).expand(v.shape[0])
+            weights += float(w.sum())
+            if moved is None:
+                continue
+            if v.dim() == 1:
+                change = v * moved + 0.5 * k * moved * moved
+            else:
+                curved = (k @ moved.unsqueeze(-1)).squeeze(-1)
+                change = (v * moved).sum(-1) + 0.5 * (moved * curved).sum(-1)
+            fall -= float((w * change).sum())
+        return fall / weights if self.mean and weights else fall
+
+    @staticmethod
+    def _shares(feedback: list[tuple[Tensor, ...] | None]) -> tuple[float, float]:
+        ratios: list[Tensor] = []
+        clipped: list[Tensor] = []
+        for entry in feedback:
+            if entry is None:
+                continue
+            if len(entry) == 3:
+                raw, applied, v = entry
+                ratios.append((applied / v).abs().nan_to_num(0.0, 0.0, 0.0))
+                clipped.append(raw != applied)
+            else:
+                ratio, factor = entry
+                ratios.append((ratio * factor).nan_to_num(0.0, 0.0, 0.0))
+                clipped.append(factor < 1)
+        if not ratios:
+            return 0.0, 0.0
+        return float(torch.cat(ratios).mean()), float(torch.cat(clipped).double().mean())
+
+
+def _terminal(batch: Batch) -> tuple[Tensor, Tensor, Tensor | float]:
+    return batch.v, batch.k, batch.weight

@@ -1,0 +1,118 @@
+"""Which parts of a model are players, and why the rest are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter, is_lazy
+
+from ocnopt.errors import OptionError
+from ocnopt.layers import Layer, kind_of
+
+__all__ = ["Player", "Unowned", "find_players"]
+
+
+@dataclass(eq=False)
+class Player:
+    """One module with the parameters that its player owns.
+
+    Attributes:
+        name: The module's name in the model; "" for the model itself.
+        module: The module.
+        layer: What the core knows of its kind.
+        params: The owned parameters, aligned with ``layer.names``.
+        index: Position in the list of players.
+    """
+
+    name: str
+    module: nn.Module
+    layer: Layer
+    params: tuple[Parameter, ...]
+    index: int
+
+
+@dataclass(frozen=True)
+class Unowned:
+    """A trained parameter without a player, and why."""
+
+    name: str
+    module: str
+    param: Tensor
+    kind: str
+    reason: str
+
+
+def find_players(model: nn.Module) -> tuple[list[Player], list[Unowned]]:
+    """Split a model's trained parameters into players and the rest.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The players in the order of ``model.named_modules()``, and the parameters no player owns.
+
+    Raises:
+        OptionError: A parameter is not initialized yet (lazy modules).
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(id(param), []).append(f"{name}.{key}" if name else key)
+    attention = {
+        id(child): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.children()
+    }
+    time_first = {
+        id(child): name
+        for name, module in model.named_modules()
+        if getattr(module, "batch_first", True) is False
+        for child in module.modules()
+    }
+    players: list[Player] = []
+    unowned: list[Unowned] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own: dict[str, Parameter] = {}
+        for key, param in module._parameters.items():
+            if param is None or id(param) in seen or not param.requires_grad:
+                continue
+            if is_lazy(param):
+                raise OptionError(
+                    f"parameter {key!r} of layer {name!r} is not initialized; run one forward "
+                    "pass through the model before building the optimizer"
+                )
+            own[key] = param
+            seen.add(id(param))
+        if not own:
+            continue
+        kind = kind_of(module)
+        reason: str | None = None
+        if isinstance(kind, str):
+            reason = kind
+        elif id(module) in attention:
+            reason = f"nn.MultiheadAttention {attention[id(module)]!r} uses it without calling it"
+        elif id(module) in time_first:
+            reason = f"{time_first[id(module)]!r} has batch_first=False: dimension 0 is time"
+        else:
+            reason = kind.refuse(module)
+        prefix = f"{name}." if name else ""
+        for key in list(own):
+            others = [o for o in owners[id(own[key])] if o != prefix + key]
+            why = reason
+            if why is None and others:
+                why = f"shared with {', '.join(others)}"
+            if why is None and key not in ("weight", "bias"):
+                why = f"not a weight or bias of {type(module).__name__}"
+            if why is not None:
+                param = own.pop(key)
+                unowned.append(Unowned(prefix + key, name, param, type(module).__name__, why))
+        if own and not isinstance(kind, str):
+            names = tuple(key for key in ("weight", "bias") if key in own)
+            layer = kind(module, names)
+            params = tuple(own[key] for key in names)
+            players.append(Player(name, module, layer, params, len(players)))
+    return players, unowned

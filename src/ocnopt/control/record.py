@@ -1,0 +1,382 @@
+"""Records what one training pass did: layer inputs and back-propagated vectors.
+
+Forward hooks on the players keep a layer's input; a tensor hook on its output waits for the
+gradient, so an in-place activation behind the layer is harmless. Everything a pass holds belongs
+to its own autograd graph until the gradient arrives: a pass that is never differentiated leaves
+nothing behind. Hooks know the recorder only weakly: they die with the optimizer and turn inert in
+a copy of the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ocnopt.control.players import Player
+from ocnopt.control.terminal import TerminalCost
+
+if TYPE_CHECKING:
+    from ocnopt.control.tape import Tape
+
+__all__ = ["Pass", "Recorder", "TerminalCall", "Use", "count_samples"]
+
+
+class HasColumns(Protocol):
+    """Anything that back-propagated terminal columns can be stored in."""
+
+    columns: list[Tensor | None]
+
+
+class Use:
+    """One call of one player's module.
+
+    Attributes:
+        player: The player.
+        order: Position among all recorded calls.
+        rows: First dimension of the output; 0 where the call had no batch dimension.
+        capture: What the layer kind kept of the call.
+        signal: dL/dh, back-propagated from the loss as it was scaled; shape of h.
+        columns: Back-propagated columns of the terminal Hessian's factor, unscaled.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "capture",
+        "columns",
+        "order",
+        "owner",
+        "pending",
+        "player",
+        "rows",
+        "signal",
+        "task",
+        "version",
+    )
+
+    def __init__(
+        self, player: Player, order: int, rows: int, capture: tuple[Any, ...], owner: Pass
+    ) -> None:
+        self.player = player
+        self.order = order
+        self.rows = rows
+        self.capture = capture
+        self.version = capture[0]._version
+        self.owner = owner
+        self.signal: Tensor | None = None
+        self.pending: Tensor | None = None
+        self.task = -1
+        self.columns: list[Tensor | None] = []
+
+
+class TerminalCall:
+    """One call of the criterion: its inputs and how the loss was scaled afterwards.
+
+    Attributes:
+        output: The criterion's first argument, detached.
+        args: Its further arguments.
+        kwargs: Its keyword arguments.
+        loss: The loss, detached.
+        scale: d(total)/d(loss), once known: 1, or 1/k where the loss was divided by k.
+    """
+
+    def __init__(
+        self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
+    ) -> None:
+        self.output = output
+        self.args = args
+        self.kwargs = kwargs
+        self.loss = loss
+        self.scale: Tensor | None = None
+
+    def scaled(self, grad: Tensor) -> None:
+        """Hook of the loss."""
+        grad = grad.detach()
+        self.scale = grad if self.scale is None else self.scale + grad
+
+
+class Pass:
+    """One forward pass of the model with its calls of the criterion."""
+
+    def __init__(self) -> None:
+        self.received: list[Use] = []
+        self.calls: list[TerminalCall] = []
+        self.edges: list[tuple[HasColumns, GradientEdge]] = []
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.tape: Tape | None = None
+        self.forwards = 0
+
+    def uses(self) -> dict[Player, list[Use]]:
+        """Calls whose gradient arrived, per player, players in the order of their first call."""
+        table: dict[Player, list[Use]] = {}
+        for use in sorted(self.received, key=lambda u: u.order):
+            table.setdefault(use.player, []).append(use)
+        return table
+
+
+def count_samples(uses: list[Use], calls: list[TerminalCall]) -> int:
+    """B: the most common first dimension of the players' outputs that divides the criterion's.
+
+    Returns:
+        The number of samples, or 0 where the two do not agree.
+    """
+    rows = calls[0].output.shape[0] if calls and calls[0].output.dim() else 0
+    for size, _ in Counter(use.rows for use in uses if use.rows).most_common():
+        if rows % size == 0:
+            return size
+    return 0
+
+
+class _Hook:
+    """A hook that survives a deepcopy or pickle of its module as something that does nothing."""
+
+    __slots__ = ("index", "recorder", "verb")
+
+    def __init__(self, recorder: Recorder | None, verb: str, index: int = -1) -> None:
+        self.recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
+        self.verb = verb
+        self.index = index
+
+    def __call__(self, *args: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None and recorder.active and torch.is_grad_enabled():
+            getattr(recorder, self.verb)(self.index, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, self.verb)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None, str]]:
+        return _Hook, (None, self.verb)
+
+
+class _GradHook:
+    """Commits what a player received once autograd has accumulated its parameter's gradient."""
+
+    __slots__ = ("index", "recorder")
+
+    def __init__(self, recorder: Recorder, index: int) -> None:
+        self.recorder = weakref.ref(recorder)
+        self.index = index
+
+    def __call__(self, param: Tensor) -> None:
+        recorder = self.recorder()
+        if recorder is not None and recorder.active:
+            recorder.commit(self.index, param)
+
+
+class Recorder:
+    """Hooks on a model and its criterion, and the passes they recorded since the last step.
+
+    Args:
+        model: The model; its own forward marks where a pass begins.
+        players: Its players.
+        criterion: The module the loop calls, or None.
+        terminal: Returns factor columns of the terminal Hessian that are to be back-propagated,
+            or None where the ordinary backward pass is all that is needed.
+        on_forward: Called with the pass when the model's forward begins (for replays), or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        players: list[Player],
+        criterion: nn.Module | None,
+        terminal: TerminalCost | None,
+        on_forward: Callable[[Pass], None] | None = None,
+    ) -> None:
+        self.players = players
+        self.terminal = terminal
+        self.on_forward = on_forward
+        self.active = True
+        self.passes: list[Pass] = []
+        self.current: Pass | None = None
+        self.grad_seen: dict[int, tuple[int, int]] = {}
+        self.last_seen: set[int] = set()
+        self._order = 0
+        self._pending: list[list[Use]] = [[] for _ in players]
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(_Hook(self, "begin"), with_kwargs=True),
+        ]
+        for player in players:
+            hook = _Hook(self, "record", player.index)
+            self._handles.append(player.module.register_forward_hook(hook, with_kwargs=True))
+            grad_hook = _GradHook(self, player.index)
+            for param in player.params:
+                self._handles.append(param.register_post_accumulate_grad_hook(grad_hook))
+        if criterion is not None:
+            hook = _Hook(self, "finish")
+            self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+
+    def remove(self) -> None:
+        """Take every hook off the model, its parameters and the criterion."""
+        self._finalizer()
+        self.clear()
+
+    # forward
+
+    def begin(self, _: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        """The model's forward begins."""
+        current = self.current
+        if current is None or current.calls or current.received:
+            current = self._open()
+        current.forwards += 1
+        current.inputs = (args, kwargs)
+        if self.on_forward is not None:
+            self.on_forward(current)
+
+    def _open(self) -> Pass:
+        # A gradient that was set to None outside zero_grad (a skipped step, model.zero_grad)
+        # no longer holds what the earlier passes put into it.
+        if self.passes and all(
+            param.grad is None for player in self.players for param in player.params
+        ):
+            self.clear()
+        self.current = Pass()
+        return self.current
+
+    def record(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        """A player's module was called."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        current = self.current
+        if current is None or current.received:
+            current = self._open()
+        player = self.players[index]
+        self._order += 1
+        tape = current.tape
+        if tape is not None:
+            tape.paused = True
+        rows = output.shape[0] if output.dim() > 1 else 0
+        capture = player.layer.capture(module, args, kwargs)
+        use = Use(player, self._order, rows, capture, current)
+        if self.terminal is not None and self.terminal.rank_r:
+            current.edges.append((use, get_gradient_edge(output)))
+        output.register_hook(_Receiver(use, weakref.ref(self)))
+        if tape is not None:
+            tape.paused = False
+
+    def finish(
+        self, _: int, criterion: nn.Module, args: tuple[Any, ...], kwargs: Any, loss: Any
+    ) -> None:
+        """The criterion was called."""
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        current = self.current if self.current is not None else self._open()
+        if args:
+            output, args = args[0], args[1:]
+        else:
+            kwargs = dict(kwargs)
+            output = kwargs.pop("input", None)
+        if not isinstance(output, Tensor):
+            return
+        call = TerminalCall(output.detach(), args, kwargs, loss.detach())
+        current.calls.append(call)
+        loss.register_hook(call.scaled)
+        if current.tape is not None:
+            current.edges.extend(current.tape.new_edges)
+            current.tape.new_edges = []
+        if self.terminal is not None and self.terminal.rank_r and current.edges:
+            self._propagate_columns(self.terminal, current, call, output)
+
+    def _propagate_columns(
+        self, terminal: TerminalCost, current: Pass, call: TerminalCall, output: Tensor
+    ) -> None:
+        """Back-propagate the terminal factor's columns: r ordinary vector products."""
+        self.active = False
+        try:
+            edges = [edge for _, edge in current.edges]
+            uses = [use for use, _ in current.edges if isinstance(use, Use)]
+            samples = count_samples(uses, [call])
+            for column in terminal.columns(call, samples) if samples else ():
+                found = torch.autograd.grad(
+                    output, edges, column, retain_graph=True, allow_unused=True
+                )
+                for (use, _), value in zip(current.edges, found, strict=True):
+                    use.columns.append(None if value is None else value.detach())
+        finally:
+            self.active = True
+
+    # backward
+
+    def receive(self, use: Use, grad: Tensor) -> None:
+        """The gradient of a call's output arrived; not yet known whether a weight gets it."""
+        if not self.active:
+            return
+        # The edges keep the graph alive. A second call of the criterion in the same pass needs
+        # them too, so they go when the gradient arrives.
+        use.owner.edges = []
+        use.pending = grad.detach()
+        use.task = torch._C._current_graph_task_id()
+        self._pending[use.player.index].append(use)
+
+    def commit(self, index: int, param: Tensor) -> None:
+        """A player's parameter accumulated its gradient: what it received counts."""
+        grad = param.grad
+        assert grad is not None
+        self.grad_seen[id(param)] = (id(grad), grad._version)
+        waiting = self._pending[index]
+        if not waiting:
+            return
+        self._pending[index] = []
+        task = torch._C._current_graph_task_id()
+        for use in waiting:
+            if use.pending is None or use.task != task:
+                use.pending = None
+                continue
+            owner = use.owner
+            if use.signal is None:
+                use.signal = use.pending
+                owner.received.append(use)
+                if len(owner.received) == 1:
+                    self.passes.append(owner)
+            else:
+                use.signal = use.signal + use.pending
+            use.pending = None
+
+    # step
+
+    def take(self) -> list[Pass]:
+        """The passes recorded since the last call, which are then forgotten."""
+        taken = self.passes
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Forget every recorded pass."""
+        self.passes = []
+        self.current = None
+        self._pending = [[] for _ in self.players]
+
+    def touched(self, param: Tensor) -> bool:
+        """Whether a gradient was changed since autograd accumulated it (clipping, unscaling)."""
+        grad = param.grad
+        return grad is not None and self.grad_seen.get(id(param)) != (id(grad), grad._version)
+
+
+class _Receiver:
+    """Tensor hook on a call's output; owns the call's record until the gradient arrives."""
+
+    __slots__ = ("recorder", "use")
+
+    def __init__(self, use: Use, recorder: weakref.ref[Recorder]) -> None:
+        self.use = use
+        self.recorder = recorder
+
+    def __call__(self, grad: Tensor) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.receive(self.use, grad)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

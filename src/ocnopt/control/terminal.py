@@ -1,0 +1,222 @@
+"""Terminal costs and the factors of their Hessians (methods: Prop. 3 and its refinements).
+
+Per sample, the criterion gives a gradient ``phi_x`` and a Hessian ``phi_xx`` with respect to the
+network's output. Three forms of the terminal value Hessian are supported here:
+
+* ``outer-product``: ``phi_x phi_x^T`` (Prop. 3 with z = phi_x);
+* ``matched``: ``kappa phi_x phi_x^T`` with ``kappa = phi_x^T phi_xx phi_x / |phi_x|^4``, the outer
+  product whose curvature along the gradient is the true one;
+* ``gauss-newton``: ``phi_xx = Z Z^T`` exactly (its positive part where it is indefinite).
+
+The criterion must be a sum or a mean over samples. All values here belong to the loss as the
+criterion returns it; batch size and loss scaling are applied where samples are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.curvature.metric import to_float
+from ocnopt.errors import GraphError, OptionError
+
+if TYPE_CHECKING:
+    from ocnopt.control.record import TerminalCall
+
+__all__ = ["FORMS", "Criterion", "TerminalCost"]
+
+FORMS = ("matched", "outer-product", "gauss-newton")
+
+#: Largest rank of an exact terminal factor; each column costs one back-propagation.
+MAX_RANK = 1024
+
+
+class Criterion(nn.Module):
+    """A plain loss function as the module that the training loop calls.
+
+    Args:
+        function: Called as ``function(output, *args, **kwargs)``; returns the loss. It must be
+            twice differentiable in ``output`` where its curvature is asked for.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> criterion = Criterion(F.cross_entropy)
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The function's value."""
+        return self.function(output, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Name of the function."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+class TerminalCost:
+    """The criterion's derivatives along a recorded call.
+
+    Args:
+        criterion: The module, or None: then only ``outer-product`` is possible.
+        form: One of :data:`FORMS`.
+
+    Raises:
+        OptionError: Unknown form, or one that needs a criterion.
+    """
+
+    def __init__(self, criterion: nn.Module | None, form: str) -> None:
+        if form not in FORMS:
+            raise OptionError(f"terminal={form!r} is not known; choose one of {', '.join(FORMS)}")
+        if criterion is None and form != "outer-product":
+            raise OptionError(
+                f"terminal={form!r} needs the criterion; pass it as the second argument "
+                "(wrap a plain function as ocnopt.Criterion(function))"
+            )
+        self.criterion = criterion
+        self.form = form
+
+    @property
+    def rank_r(self) -> bool:
+        """Whether columns of a factor have to be back-propagated."""
+        return self.form == "gauss-newton"
+
+    def along_gradient(self, call: TerminalCall, samples: int) -> tuple[Tensor, Tensor]:
+        """``phi_x^T phi_xx phi_x`` and ``|phi_x|^2`` of the loss, per sample.
+
+        Args:
+            call: A recorded call of the criterion.
+            samples: Number of samples; its rows are grouped evenly.
+
+        Returns:
+            Two tensors (samples,).
+        """
+        if isinstance(self.criterion, nn.CrossEntropyLoss):
+            p, g, mass = _cross_entropy(self.criterion, call)
+            quad = mass * ((p * g * g).sum(-1) - (p * g).sum(-1).square())
+            square = g.square().sum(-1)
+        else:
+            gradient, product = self._curvature(call, None)
+            quad, square = gradient * product, gradient.square()
+        return quad.reshape(samples, -1).sum(-1), square.reshape(samples, -1).sum(-1)
+
+    def columns(self, call: TerminalCall, samples: int) -> Iterator[Tensor]:
+        """Columns of Z with ``Z Z^T`` the loss's Hessian per sample, each shaped as the output.
+
+        Args:
+            call: A recorded call of the criterion.
+            samples: Number of samples among its rows.
+
+        Raises:
+            GraphError: The factor's rank is beyond what can be back-propagated.
+        """
+        output = call.output
+        size = output.numel() // samples
+        if size > MAX_RANK:
+            raise GraphError(
+                f"terminal='gauss-newton' would back-propagate {size} columns per sample (the "
+                f"criterion sees {size} outputs per sample, at most {MAX_RANK} are supported); "
+                "use terminal='matched'"
+            )
+        if isinstance(self.criterion, nn.CrossEntropyLoss):
+            p, _, mass = _cross_entropy(self.criterion, call)
+            classes = p.shape[-1]
+            root = (mass.unsqueeze(-1) * p).sqrt()
+            p3, root3 = (t.reshape(samples, -1, classes) for t in (p, root))
+            for location in range(p3.shape[1]):
+                for c in range(classes):
+                    z = torch.zeros_like(p3)
+                    z[:, location] = -p3[:, location] * root3[:, location, c : c + 1]
+                    z[:, location, c] += root3[:, location, c]
+                    yield _classes_back(z, output).to(output.dtype)
+            return
+        flat = output.new_zeros(samples, size)
+        rows = []
+        for i in range(size):
+            flat.zero_()
+            flat[:, i] = 1
+            rows.append(self._curvature(call, flat.view_as(output))[1].reshape(samples, size))
+        hessian = torch.stack(rows, 1)
+        values, vectors = torch.linalg.eigh((hessian + hessian.transpose(1, 2)) / 2)
+        z = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+        for i in range(size):
+            yield z[:, :, i].reshape(output.shape).to(output.dtype)
+
+    def _curvature(self, call: TerminalCall, vector: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss's gradient and its Hessian times ``vector`` (times the gradient if None)."""
+        assert self.criterion is not None
+        with torch.enable_grad(), torch.autocast(call.output.device.type, enabled=False):
+            output = call.output.to(to_float(call.output.dtype)).detach().requires_grad_()
+            # forward() rather than a call: hooks of the criterion see the loop's calls alone.
+            loss = self.criterion.forward(output, *call.args, **call.kwargs).sum()
+            (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
+            direction = gradient.detach() if vector is None else vector.to(gradient.dtype)
+            product: Tensor | None = None
+            if gradient.requires_grad:
+                (product,) = torch.autograd.grad(
+                    gradient, output, direction, allow_unused=True, materialize_grads=True
+                )
+        gradient = gradient.detach()
+        return gradient, torch.zeros_like(gradient) if product is None else product.detach()
+
+
+def _cross_entropy(
+    criterion: nn.CrossEntropyLoss, call: TerminalCall
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax, gradient and mass of cross-entropy, classes last.
+
+    The loss of a row is ``-sum_c q_c log p_c`` with class weights, label smoothing and the
+    reduction's factor inside q; its gradient is ``mass p - q`` and its Hessian
+    ``mass (diag p - p p^T)`` with ``mass = sum_c q_c``.
+
+    Returns:
+        p (rows, C), gradient (rows, C), mass (rows,); an ignored row has mass zero.
+    """
+    logits = _classes_last(call.output)
+    classes = logits.shape[-1]
+    logits = logits.reshape(-1, classes).to(to_float(logits.dtype))
+    p = logits.softmax(-1)
+    target: Tensor = call.args[0] if call.args else call.kwargs["target"]
+    smoothing = criterion.label_smoothing
+    weight = criterion.weight
+    if target.is_floating_point():
+        q = _classes_last(target).reshape(-1, classes).to(p.dtype)
+        if smoothing:
+            q = q * (1 - smoothing) + smoothing / classes
+        if weight is not None:
+            q = q * weight.to(p.dtype)
+        total: Tensor | float = float(q.shape[0])
+    else:
+        labels = target.reshape(-1)
+        kept = labels != criterion.ignore_index
+        labels = labels.where(kept, 0)
+        q = torch.zeros_like(p).scatter_(1, labels.unsqueeze(1), 1 - smoothing)
+        if smoothing:
+            q += smoothing / classes
+        if weight is not None:
+            q = q * weight.to(p.dtype)
+            row_weight = weight.to(p.dtype)[labels] * kept
+        else:
+            row_weight = kept.to(p.dtype)
+        q = q * kept.unsqueeze(1)
+        total = row_weight.sum()
+    if criterion.reduction == "mean":
+        q = q / total
+    mass = q.sum(-1)
+    return p, mass.unsqueeze(-1) * p - q, mass
+
+
+def _classes_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1) if x.dim() > 2 else x
+
+
+def _classes_back(rows: Tensor, like: Tensor) -> Tensor:
+    if like.dim() <= 2:
+        return rows.reshape(like.shape)
+    shape = (like.shape[0], *like.shape[2:], like.shape[1])
+    return rows.reshape(shape).movedim(-1, 1)

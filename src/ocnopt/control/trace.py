@@ -1,0 +1,199 @@
+"""One player in one recorded pass: everything the sweep asks of its inputs and signals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ocnopt.control.players import Player
+from ocnopt.control.record import Use
+from ocnopt.curvature.metric import Metric
+from ocnopt.errors import RecordingError
+from ocnopt.layers.base import Params, sample_gram
+
+__all__ = ["Trace"]
+
+
+class Trace:
+    """Linear maps of one player over one pass of ``B`` samples.
+
+    Per-sample gradients are formed once where they take less room than inputs and signals; else
+    every question is answered from the latter.
+
+    Args:
+        player: The player.
+        uses: Its calls in the pass.
+        samples: B.
+        dtype: The dtype of coefficients.
+    """
+
+    def __init__(self, player: Player, uses: list[Use], samples: int, dtype: torch.dtype) -> None:
+        self.player = player
+        self.layer = layer = player.layer
+        self.samples = samples
+        self.dtype = dtype
+        work = player.params[0].dtype
+        self.features: list[Tensor] = []
+        self.columns: list[Tensor] = []
+        self.folds: list[int] = []
+        for use in uses:
+            if use.capture[0]._version != use.version:
+                raise RecordingError(
+                    f"the input of layer {player.name!r} was changed in place after its forward "
+                    "pass; use an out-of-place operation there, or call step() before the change"
+                )
+            assert use.signal is not None
+            signal = use.signal if use.signal.dtype == work else use.signal.to(work)
+            if use.columns:
+                rest = [torch.zeros_like(signal) if c is None else c.to(work) for c in use.columns]
+                self.columns.append(torch.stack([signal, *rest]))
+            else:
+                self.columns.append(signal.unsqueeze(0))
+            self.features.append(layer.features(use.capture, work))
+            self.folds.append(signal.shape[0] // samples)
+        self.rank = self.columns[0].shape[0]
+        self.gradients: Params | None = None
+        if len(uses) > 1 or layer.prefers_samples(self.features[0], self.columns[0][0]):
+            self._form_gradients()
+
+    def _form_gradients(self) -> None:
+        total: Params | None = None
+        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
+            part = self.layer.column_gradients(a, p, fold)
+            total = (
+                part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
+            )
+        assert total is not None
+        self.gradients = total
+
+    def _spread(self, coefficients: Tensor, columns: Tensor, fold: int) -> Tensor:
+        """``sum_k coefficients_k P_k`` as one signal, (B * fold, *)."""
+        coefficients = coefficients.to(columns.dtype)
+        if fold > 1:
+            coefficients = coefficients.repeat_interleave(fold, 0)
+        ones = (1,) * (columns.dim() - 2)
+        if coefficients.dim() == 1:
+            return columns[0] * coefficients.view(-1, *ones)
+        return (columns * coefficients.t().reshape(*coefficients.t().shape, *ones)).sum(0)
+
+    def add_weighted(self, base: Params, coefficients: Tensor, scale: float) -> Params:
+        """``base + scale * sum_i P_u^(i) c^(i)``.
+
+        Args:
+            base: One tensor per parameter.
+            coefficients: (B,) at rank one, else (B, r).
+            scale: A number.
+        """
+        if self.gradients is not None:
+            flat = coefficients.to(base[0].dtype).flatten()
+            return tuple(
+                torch.addmv(b.flatten(), g.reshape(flat.numel(), -1).t(), flat, alpha=scale).view(
+                    b.shape
+                )
+                for b, g in zip(base, self.gradients, strict=True)
+            )
+        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
+            signal = self._spread(coefficients, p, fold)
+            base = self.layer.add_gradient(base, a, signal, scale)
+        return base
+
+    def remake(self, which: int, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """One parameter's gradient as autograd made it, and the size of what was added up.
+
+        Args:
+            which: Index of the parameter.
+            coefficients: Those at which the weighted sum is the ordinary gradient.
+
+        Returns:
+            The gradient, and the sum of the squared norms of the terms, a scalar.
+        """
+        layer = self.layer.only(which)
+        shape = self.player.params[which].shape
+        if self.gradients is not None:
+            terms = self.gradients[which]
+            flat = coefficients.to(terms.dtype).flatten()
+            made = (terms.reshape(flat.numel(), -1).t() @ flat).view(shape)
+            return made, terms.square().sum()
+        made = torch.zeros_like(self.player.params[which])
+        gross = made.new_zeros(())
+        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
+            signal = self._spread(coefficients, p, fold)
+            made = made + layer.gradient(a, signal)[0]
+            gross = gross + signal.square().sum()
+        return made, gross
+
+    def dots(self, delta: Params) -> Tensor:
+        """``P_u^(i)T delta``: how the cost directions move if the player moves by ``delta``.
+
+        Returns:
+            (B,) at rank one, else (B, r).
+        """
+        if self.gradients is not None:
+            total: Tensor | None = None
+            for g, d in zip(self.gradients, delta, strict=True):
+                part = g.reshape(self.samples * self.rank, -1) @ d.flatten()
+                total = part if total is None else total + part
+            assert total is not None
+            return self._shaped(total.view(self.samples, self.rank))
+        parts = []
+        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
+            moved = self.layer.apply(a, delta)
+            if self.rank == 1 and fold == 1:
+                parts.append((moved * p[0]).flatten(1).sum(-1, keepdim=True))
+            else:
+                products = (p * moved).reshape(self.rank, self.samples, -1).sum(-1)
+                parts.append(products.t())
+        return self._shaped(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        values = values.to(self.dtype)
+        return values[:, 0] if self.rank == 1 else values
+
+    def gram(self, metric: Metric) -> Tensor:
+        """``P_u^T Q_uu^-1 P_u``: (B,) at rank one, else (B, r, r)."""
+        if self.gradients is not None:
+            out = sample_gram(self.gradients, metric)
+        else:
+            out = self.layer.gram(self.features[0], self.columns[0], metric, self.folds[0])
+        out = out.to(self.dtype)
+        return out[:, 0, 0] if self.rank == 1 else out
+
+    def ratio(self, open_loop: Tensor, feedback: Tensor) -> Tensor:
+        """Size of every sample's feedback relative to its open-loop term.
+
+        Both are measured as signals at the player's output, over all its locations and calls.
+
+        Args:
+            open_loop: Coefficients of the recorded columns, (B, r).
+            feedback: Likewise.
+
+        Returns:
+            (B,); infinite where the open-loop term is zero and the feedback is not.
+        """
+        sizes = []
+        for coefficients in (open_loop, feedback):
+            total = torch.zeros(self.samples, dtype=self.dtype, device=coefficients.device)
+            for p, fold in zip(self.columns, self.folds, strict=True):
+                signal = self._spread(coefficients, p, fold)
+                total += signal.reshape(self.samples, -1).to(self.dtype).square().sum(-1)
+            sizes.append(total.sqrt())
+        return torch.where(sizes[1] == 0, sizes[1], sizes[1] / sizes[0])
+
+    def rows_and_cols(self, v: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Inputs ``[a; 1]`` and value signals ``V_h`` for Kronecker factors.
+
+        Args:
+            v: Value coefficients at the player's output.
+            scale: What makes a recorded signal a per-sample one, a number or (B,).
+
+        Returns:
+            (B, L, groups, in) and (B, L, groups, out), locations of all calls together.
+        """
+        rows: list[Tensor] = []
+        cols: list[Tensor] = []
+        weighted = v * (scale if v.dim() == 1 or isinstance(scale, float) else scale[:, None])
+        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
+            signal = self._spread(weighted, p, fold)
+            for out, part in ((rows, self.layer.rows(a)), (cols, self.layer.cols(signal))):
+                out.append(part.reshape(self.samples, -1, *part.shape[2:]))
+        return torch.cat(rows, 1), torch.cat(cols, 1)

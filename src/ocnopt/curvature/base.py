@@ -1,0 +1,71 @@
+"""What a preconditioner is: how ``M_t`` of Table 2 follows from the Bellman objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ocnopt.curvature.metric import Metric, Rates
+from ocnopt.errors import OptionError
+from ocnopt.layers.base import Layer, Params
+
+State = dict[str, Any]
+
+
+@dataclass
+class Observation:
+    """What one player's preconditioner sees of a step.
+
+    Attributes:
+        states: The optimizer's state of every parameter, in the layer's order.
+        rates: Learning rates, likewise.
+        mean: Returns ``E[Q_u]`` (with weight decay where the rule wants it in the gradient).
+        layer: The layer; None for parameters that no player owns.
+        factors: Returns ``E[a a^T]`` (groups, in, in), ``locations * E[V_h V_h^T]``
+            (groups, out, out) of the batch; None where there is no player.
+        samples: Samples in the step, over all processes.
+        report: Damping in use and factorization failures, filled in by the preconditioner.
+    """
+
+    states: list[State]
+    rates: Rates
+    mean: Callable[[], Params]
+    layer: Layer | None = None
+    factors: Callable[[], tuple[Tensor, Tensor]] | None = None
+    samples: int = 1
+    report: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preconditioner(ABC):
+    """Options of a preconditioner; its state lives in the optimizer, so it can be shared."""
+
+    name: ClassVar[str]
+    #: Weight decay enters the gradient before M (as torch's optimizers do) or is added after it.
+    decay_first: ClassVar[bool] = True
+    #: Needs Kronecker factors, hence a player with matrix parameters.
+    factored: ClassVar[bool] = False
+    #: Needs ``E[Q_u]`` before the direction is known.
+    adaptive: ClassVar[bool] = True
+
+    @abstractmethod
+    def observe(self, seen: Observation) -> Metric:
+        """Update ``M_t`` with this step's Bellman objective and return its inverse."""
+
+    def direction(self, metric: Metric, seen: Observation, d: Params) -> Params:
+        """The step before the learning rate: ``M^-1 d``."""
+        return metric.solve(d)
+
+    def options(self) -> dict[str, Any]:
+        """Name and options as plain values, for checkpoints."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def check(self, option: str, ok: bool, wanted: str) -> None:
+        """Raise an :class:`OptionError` that names the option unless ``ok``."""
+        if not ok:
+            value = getattr(self, option)
+            raise OptionError(f"{type(self).__name__}: {option}={value!r}, but {wanted}")

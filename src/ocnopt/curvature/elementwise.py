@@ -1,0 +1,115 @@
+"""Identity and diagonal preconditioners: SGD, RMSprop and Adam where feedback vanishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ocnopt.curvature.base import Observation, Preconditioner
+from ocnopt.curvature.metric import Diagonal, Metric
+from ocnopt.layers.base import Params
+
+
+@dataclass(frozen=True)
+class Identity(Preconditioner):
+    """``M = I``; reduces to ``torch.optim.SGD``."""
+
+    name: ClassVar[str] = "identity"
+    adaptive: ClassVar[bool] = False
+
+    def observe(self, seen: Observation) -> Metric:
+        """Nothing to observe."""
+        return Metric(seen.rates)
+
+
+@dataclass(frozen=True)
+class RMSprop(Preconditioner):
+    """``M = diag(sqrt(s) + eps)`` with s the running mean of ``E[Q_u]^2`` (Table 2).
+
+    Reduces to ``torch.optim.RMSprop(alpha=decay, eps=eps)``.
+
+    Args:
+        decay: Smoothing of the running mean, in [0, 1).
+        eps: Added to the square root.
+
+    Raises:
+        OptionError: An option out of range.
+    """
+
+    decay: float = 0.99
+    eps: float = 1e-8
+
+    name: ClassVar[str] = "rmsprop"
+
+    def __post_init__(self) -> None:
+        self.check("decay", 0 <= self.decay < 1, "it must lie in [0, 1)")
+        self.check("eps", self.eps > 0, "it must be positive")
+
+    def observe(self, seen: Observation) -> Metric:
+        """Update the running mean."""
+        mean = seen.mean()
+        for state, q in zip(seen.states, mean, strict=True):
+            if "square_avg" not in state:
+                state["square_avg"] = torch.zeros_like(q)
+        squares = [state["square_avg"] for state in seen.states]
+        torch._foreach_mul_(squares, self.decay)
+        torch._foreach_addcmul_(squares, mean, mean, value=1 - self.decay)
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_add_(scales, self.eps)
+        return Diagonal(seen.rates, tuple(scales))
+
+
+@dataclass(frozen=True)
+class Adam(Preconditioner):
+    """``M = diag(sqrt(v / (1 - beta2^t)) + eps)`` with v from ``E[Q_u]^2``; momentum from d.
+
+    Reduces to ``torch.optim.Adam``. The first moment smooths the direction with its feedback.
+
+    Args:
+        betas: Smoothing of the first and second moment, each in [0, 1).
+        eps: Added to the square root.
+
+    Raises:
+        OptionError: An option out of range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    name: ClassVar[str] = "adam"
+
+    def __post_init__(self) -> None:
+        self.check(
+            "betas",
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "it must be two numbers in [0, 1)",
+        )
+        self.check("eps", self.eps > 0, "it must be positive")
+
+    def observe(self, seen: Observation) -> Metric:
+        """Update the second moment and the step count."""
+        mean = seen.mean()
+        beta = self.betas[1]
+        scales = []
+        for state, q in zip(seen.states, mean, strict=True):
+            if "exp_avg_sq" not in state:
+                state["exp_avg_sq"] = torch.zeros_like(q)
+                state["exp_avg"] = torch.zeros_like(q)
+                state["step"] = 0
+            state["step"] += 1
+            square = state["exp_avg_sq"].mul_(beta).addcmul_(q, q, value=1 - beta)
+            correction = float((1 - beta ** state["step"]) ** 0.5)
+            scales.append((square.sqrt() / correction).add_(self.eps))
+        return Diagonal(seen.rates, tuple(scales))
+
+    def direction(self, metric: Metric, seen: Observation, d: Params) -> Params:
+        """``M^-1`` of the bias-corrected first moment."""
+        beta = self.betas[0]
+        out = []
+        assert isinstance(metric, Diagonal)
+        for state, part, scale in zip(seen.states, d, metric.scales, strict=True):
+            average = state["exp_avg"].lerp_(part, 1 - beta)
+            out.append((average / scale).mul_(1 / (1 - beta ** state["step"])))
+        return tuple(out)

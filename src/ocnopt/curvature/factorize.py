@@ -1,0 +1,112 @@
+"""The one place where matrices are factorized, and where a failure is met.
+
+A factorization never raises: it escalates (finite check, more damping, double precision, the
+previous result, at last the identity) and counts what it had to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factorization", "eigenbasis", "spd_inverse"]
+
+#: Damping is raised tenfold at most this often before double precision is tried.
+RAISES = 6
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A result and what it took.
+
+    Attributes:
+        values: The inverse, or the eigenvectors; (groups, n, n).
+        spectrum: Eigenvalues (groups, n), clamped at zero, of an eigenbasis; else None.
+        damping: Largest damping in use after escalation, in the matrix's units.
+        failures: Attempts that failed before this result.
+    """
+
+    values: Tensor
+    spectrum: Tensor | None
+    damping: float
+    failures: int
+
+
+def _eye_like(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+
+
+def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None) -> Factorization:
+    """``(matrix + damping I)^-1`` of symmetric positive semi-definite blocks.
+
+    Args:
+        matrix: (groups, n, n).
+        damping: (groups,), positive.
+        previous: What to fall back on where nothing else helps.
+
+    Returns:
+        The inverse with its damping and the number of failed attempts.
+    """
+    failures = 0
+    if not bool(torch.isfinite(matrix).all()):
+        return _last_resort(matrix, previous, damping, failures + 1)
+    eye = _eye_like(matrix)
+    # A damping of zero cannot be raised tenfold; rounding noise of the matrix is its unit.
+    floor = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    level = damping
+    for dtype in (matrix.dtype, torch.float64):
+        work = matrix.to(dtype)
+        for _ in range(RAISES):
+            damped = work + level.to(dtype)[:, None, None] * eye.to(dtype)
+            factor, info = torch.linalg.cholesky_ex(damped)
+            if not bool(info.any()):
+                inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
+                if bool(torch.isfinite(inverse).all()):
+                    return Factorization(inverse, None, float(level.max()), failures)
+            failures += 1
+            level = torch.maximum(level, floor) * 10
+        if dtype == torch.float64:
+            break
+        level = damping
+    return _last_resort(matrix, previous, level, failures)
+
+
+def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
+    """Eigenvectors and eigenvalues (clamped at zero) of symmetric blocks.
+
+    Args:
+        matrix: (groups, n, n).
+        previous: Eigenvectors to keep where the decomposition fails.
+
+    Returns:
+        Eigenvectors with their spectrum and the number of failed attempts. With fallen-back
+        eigenvectors the spectrum is the diagonal of the matrix in that basis.
+    """
+    failures = 0
+    if bool(torch.isfinite(matrix).all()):
+        for dtype in (matrix.dtype, torch.float64):
+            try:
+                values, vectors = torch.linalg.eigh(matrix.to(dtype))
+            except RuntimeError:
+                failures += 1
+                continue
+            if bool(torch.isfinite(vectors).all()):
+                spectrum = values.clamp_min(0).to(matrix.dtype)
+                return Factorization(vectors.to(matrix.dtype), spectrum, 0.0, failures)
+            failures += 1
+    else:
+        failures += 1
+        matrix = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
+    basis = previous if previous is not None else _eye_like(matrix).clone()
+    turned = basis.transpose(-1, -2) @ matrix @ basis
+    spectrum = turned.diagonal(dim1=-2, dim2=-1).clamp_min(0)
+    return Factorization(basis, spectrum, 0.0, failures)
+
+
+def _last_resort(
+    matrix: Tensor, previous: Tensor | None, damping: Tensor, failures: int
+) -> Factorization:
+    kept = previous if previous is not None else _eye_like(matrix).clone()
+    return Factorization(kept, None, float(damping.max()), failures)

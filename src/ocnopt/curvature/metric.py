@@ -1,0 +1,191 @@
+"""The inverse of a preconditioner, as the Bellman pass and the update need it.
+
+A metric answers two questions about ``M_t`` of Table 2: what is ``M^-1 d``, and what is the Gram
+matrix ``P_u^T Q_uu^-1 P_u`` with ``Q_uu = M / eta``. It holds the learning rates for the second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ocnopt.layers.base import Params
+    from ocnopt.layers.linear import LinearLayer
+
+Rates = tuple[float, ...]
+
+
+class Metric:
+    """``M = I``; the base class of the others.
+
+    Args:
+        rates: Learning rate of every parameter, in the order of the layer's parameters.
+    """
+
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+
+    @property
+    def separable(self) -> bool:
+        """Whether ``M = A (x) B``, and one learning rate serves all parameters."""
+        return len(set(self.rates)) == 1
+
+    def solve(self, params: Params) -> Params:
+        """``M^-1 d``; leading dimensions before a parameter's own are batches."""
+        return params
+
+    def solve_factors(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        """``(A^-1 a, B^-1 p)`` for a separable metric; vectors on the last dimension."""
+        return rows, cols
+
+    def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        """``Q_uu^-1`` on rows (r, B, L, width) of a table, at ``index`` (B, L)."""
+        return rows * self.rates[0]
+
+    def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
+        """Gram matrix of outer products ``P_u = a (x) P_h`` at one location per sample.
+
+        Args:
+            layer: A linear layer.
+            a: Inputs (B, in).
+            columns: (r, B, out).
+
+        Returns:
+            (B, r, r).
+        """
+        size: Tensor | float = self.rates[-1] if layer.has_bias else 0.0
+        if layer.has_weight:
+            size = a.square().sum(-1).mul_(self.rates[0]).add_(size)[:, None, None]
+        return gram_of(columns, columns) * size
+
+
+class Diagonal(Metric):
+    """``M = diag(scales)``.
+
+    Args:
+        rates: As above.
+        scales: Diagonal entries, one tensor per parameter.
+    """
+
+    def __init__(self, rates: Rates, scales: Params) -> None:
+        super().__init__(rates)
+        self.scales = scales
+
+    @property
+    def separable(self) -> bool:
+        """A diagonal matrix is no Kronecker product."""
+        return False
+
+    def solve(self, params: Params) -> Params:
+        """Elementwise division."""
+        return tuple(p / s for p, s in zip(params, self.scales, strict=True))
+
+    def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Division by the scales of the rows touched."""
+        return rows * self.rates[0] / self.scales[0][index]
+
+    def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
+        """``sum_oj p_o p'_o a_j^2 / m_oj``."""
+        spread: Tensor | float = 0.0
+        if layer.has_weight:
+            spread = (a.square() @ self.scales[0].reciprocal().t()).mul_(self.rates[0])
+        if layer.has_bias:
+            spread = spread + self.rates[-1] / self.scales[-1]
+        return gram_of(columns, columns * spread)
+
+
+class Kronecker(Metric):
+    """``M = A (x) B`` per group, given by the inverses of its (damped) factors.
+
+    Args:
+        rates: As above; all equal.
+        layer: The layer, which knows how its parameters form matrices.
+        a_inverse: (groups, in, in).
+        b_inverse: (groups, out, out).
+    """
+
+    def __init__(self, rates: Rates, layer: object, a_inverse: Tensor, b_inverse: Tensor) -> None:
+        super().__init__(rates)
+        self.layer: LinearLayer = layer  # type: ignore[assignment]
+        self.a_inverse = a_inverse
+        self.b_inverse = b_inverse
+
+    def solve(self, params: Params) -> Params:
+        """``B^-1 D A^-1``."""
+        matrix = self.layer.to_matrix(params)
+        work = self.b_inverse @ matrix.to(self.b_inverse.dtype) @ self.a_inverse
+        return self.layer.from_matrix(work.to(matrix.dtype))
+
+    def solve_factors(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        """One group only, which is what a linear layer has."""
+        dtype = self.a_inverse.dtype
+        return (
+            (rows.to(dtype) @ self.a_inverse[0]).to(rows.dtype),
+            (cols.to(dtype) @ self.b_inverse[0]).to(cols.dtype),
+        )
+
+    def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
+        """``(a^T A^-1 a) (p^T B^-1 p')``."""
+        rows = layer.homogeneous(a)
+        rows_m, columns_m = self.solve_factors(rows, columns)
+        size = (rows * rows_m).sum(-1).mul_(self.rates[0])
+        return gram_of(columns, columns_m) * size[:, None, None]
+
+
+class Eigen(Metric):
+    """``M`` diagonal in a Kronecker-factored eigenbasis (George et al. 2018).
+
+    Args:
+        rates: As above; all equal.
+        layer: The layer.
+        basis_a: Orthonormal columns (groups, in, in).
+        basis_b: (groups, out, out).
+        scales: Eigenvalues with damping added, (groups, out, in).
+    """
+
+    def __init__(
+        self, rates: Rates, layer: object, basis_a: Tensor, basis_b: Tensor, scales: Tensor
+    ) -> None:
+        super().__init__(rates)
+        self.layer: LinearLayer = layer  # type: ignore[assignment]
+        self.basis_a = basis_a
+        self.basis_b = basis_b
+        self.scales = scales
+
+    @property
+    def separable(self) -> bool:
+        """The corrected eigenvalues do not factor."""
+        return False
+
+    def rotate(self, params: Params) -> Tensor:
+        """``U_B^T D U_A``, (..., groups, out, in)."""
+        matrix = self.layer.to_matrix(params).to(self.basis_b.dtype)
+        return self.basis_b.transpose(-1, -2) @ matrix @ self.basis_a
+
+    def solve(self, params: Params) -> Params:
+        """``U_B [(U_B^T D U_A) / scales] U_A^T``."""
+        work = self.basis_b @ (self.rotate(params) / self.scales) @ self.basis_a.transpose(-1, -2)
+        return self.layer.from_matrix(work.to(params[0].dtype))
+
+    def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
+        """The diagonal's formula, on rotated factors."""
+        dtype = self.basis_a.dtype
+        rows = layer.homogeneous(a).to(dtype) @ self.basis_a[0]
+        turned = columns.to(dtype) @ self.basis_b[0]
+        spread = (rows.square() @ self.scales[0].reciprocal().t()).mul_(self.rates[0])
+        return gram_of(turned, turned * spread).to(columns.dtype)
+
+
+def gram_of(left: Tensor, right: Tensor) -> Tensor:
+    """Gram matrices of columns (r, B, *) on the last dimension(s): (B, r, r)."""
+    if left.shape[0] == 1:
+        return (left[0] * right[0]).flatten(1).sum(-1)[:, None, None]
+    return left.flatten(2).transpose(0, 1) @ right.flatten(2).permute(1, 2, 0)
+
+
+def to_float(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which coefficients and factors live: at least single precision."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

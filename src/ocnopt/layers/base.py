@@ -1,0 +1,198 @@
+"""What a kind of parametrized layer provides to the optimal-control core.
+
+Shapes used throughout: ``B`` samples, ``*`` any number of locations per sample, ``r`` columns of
+the terminal factor. A layer's parameters travel as a tuple aligned with :attr:`Layer.names`
+(those of ``weight`` and ``bias`` that exist and are trained).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ocnopt.curvature.metric import Metric
+
+Params = tuple[Tensor, ...]
+Capture = tuple[Any, ...]
+
+#: Elements of per-sample gradients that are formed at once when they are only needed for a sum.
+CHUNK = 1 << 24
+
+
+def inner(left: Params, right: Params, keep: int) -> Tensor:
+    """Inner product over all dimensions but the first ``keep``, summed over the parameters."""
+    parts = [(a * b).flatten(keep).sum(-1) for a, b in zip(left, right, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+class Layer(ABC):
+    """One parametrized layer as the core sees it: the affine map ``h = g(x, u)`` of Eq. 6 and 12.
+
+    Args:
+        module: The layer.
+        names: Which of its parameters the player owns, in the order of all tuples.
+    """
+
+    kind: ClassVar[str]
+    #: Whether Kronecker factors are defined for this kind.
+    kronecker: ClassVar[bool] = False
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.has_weight = "weight" in names
+        self.has_bias = "bias" in names
+        self.shapes = tuple(tuple(getattr(module, name).shape) for name in names)
+        self.numel = sum(getattr(module, name).numel() for name in names)
+
+    def only(self, which: int) -> Self:
+        """The same layer, owning one of its parameters alone."""
+        if len(self.names) == 1:
+            return self
+        part = copy.copy(self)
+        part.names = (self.names[which],)
+        part.has_weight = "weight" in part.names
+        part.has_bias = "bias" in part.names
+        part.shapes = (self.shapes[which],)
+        part.numel = math.prod(self.shapes[which])
+        return part
+
+    @classmethod
+    def refuse(cls, module: nn.Module) -> str | None:
+        """Why this module cannot be a player, or None."""
+        return None
+
+    @abstractmethod
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        """What must be kept of a call; the first entry is the input tensor, detached."""
+
+    @abstractmethod
+    def features(self, capture: Capture, dtype: torch.dtype) -> Tensor:
+        """The tensor ``a`` that multiplies the weight, cast to the parameters' dtype."""
+
+    @abstractmethod
+    def gradient(self, a: Tensor, g: Tensor) -> Params:
+        """``sum_i g_u^T g^(i)``: the weight gradient for output gradients ``g`` (B, *)."""
+
+    @abstractmethod
+    def apply(self, a: Tensor, delta: Params) -> Tensor:
+        """``g(x; delta)``: the layer applied with ``delta`` as its parameters, shape of h."""
+
+    @abstractmethod
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Params:
+        """The weight gradient of every sample, each of shape (B, *parameter)."""
+
+    def add_gradient(self, base: Params, a: Tensor, g: Tensor, scale: float) -> Params:
+        """``base + scale * gradient(a, g)``."""
+        return tuple(
+            torch.add(b, d, alpha=scale) for b, d in zip(base, self.gradient(a, g), strict=True)
+        )
+
+    def prefers_samples(self, a: Tensor, g: Tensor) -> bool:
+        """Whether per-sample gradients take less room than the input and output gradient."""
+        return bool(self.numel * g.shape[0] <= a.numel() + g.numel())
+
+    def gram(self, a: Tensor, columns: Tensor, metric: Metric, fold: int = 1) -> Tensor:
+        """``P_u^T Q_uu^-1 P_u`` of every sample, with ``Q_uu = M / eta``.
+
+        Args:
+            a: Features (B * fold, *).
+            columns: Back-propagated columns (r, B * fold, *).
+            metric: The preconditioner's inverse.
+            fold: Consecutive rows that belong to one sample.
+
+        Returns:
+            (B, r, r).
+        """
+        rows = columns.shape[1]
+        step = max(1, CHUNK // max(1, self.numel * columns.shape[0] * fold)) * fold
+        parts = []
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            gradients = self.column_gradients(a[part], columns[:, part], fold)
+            parts.append(sample_gram(gradients, metric))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def column_gradients(self, a: Tensor, columns: Tensor, fold: int = 1) -> Params:
+        """Per-sample gradients of every column, each (B, r, *parameter)."""
+        per_column = [self.sample_gradients(a, column) for column in columns]
+        stacked = (torch.stack(parts, 1) for parts in zip(*per_column, strict=True))
+        if fold == 1:
+            return tuple(stacked)
+        return tuple(p.reshape(p.shape[0] // fold, fold, *p.shape[1:]).sum(1) for p in stacked)
+
+    # Kronecker structure; kinds with ``kronecker = True`` override all four.
+
+    def rows(self, a: Tensor) -> Tensor:
+        """Homogeneous inputs ``[a; 1]``, (B, L, groups, in)."""
+        raise TypeError(f"{self.kind} has no Kronecker factors")
+
+    def cols(self, g: Tensor) -> Tensor:
+        """Output gradients, (B, L, groups, out)."""
+        raise TypeError(f"{self.kind} has no Kronecker factors")
+
+    def to_matrix(self, params: Params) -> Tensor:
+        """``[W | b]`` as (..., groups, out, in); leading dimensions are kept."""
+        raise TypeError(f"{self.kind} has no Kronecker factors")
+
+    def from_matrix(self, matrix: Tensor) -> Params:
+        """Inverse of :meth:`to_matrix`."""
+        raise TypeError(f"{self.kind} has no Kronecker factors")
+
+
+def sample_gram(gradients: Params, metric: Metric) -> Tensor:
+    """``G_k . Q_uu^-1 G_l`` for per-sample gradients (B, r, *parameter): (B, r, r)."""
+    solved = metric.solve(gradients)
+    total: Tensor | None = None
+    for left, right, rate in zip(gradients, solved, metric.rates, strict=True):
+        product = (left.flatten(2) @ right.flatten(2).transpose(1, 2)) * rate
+        total = product if total is None else total + product
+    assert total is not None
+    return total
+
+
+class MatrixLayer(Layer):
+    """A layer whose parameters form ``[W | b]``, one block per group."""
+
+    kronecker = True
+    groups: int = 1
+
+    def to_matrix(self, params: Params) -> Tensor:
+        """``[W | b]`` as (..., groups, out / groups, in); leading dimensions are kept."""
+        blocks = []
+        if self.has_weight:
+            shape = self.shapes[0]
+            weight = params[0]
+            lead = weight.shape[: weight.dim() - len(shape)]
+            blocks.append(weight.reshape(*lead, self.groups, shape[0] // self.groups, -1))
+        if self.has_bias:
+            bias = params[-1]
+            blocks.append(bias.reshape(*bias.shape[:-1], self.groups, -1, 1))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+    def from_matrix(self, matrix: Tensor) -> Params:
+        """Inverse of :meth:`to_matrix`."""
+        lead = matrix.shape[:-3]
+        if not self.has_bias:
+            return (matrix.reshape(*lead, *self.shapes[0]),)
+        bias = matrix[..., -1].reshape(*lead, *self.shapes[-1])
+        if not self.has_weight:
+            return (bias,)
+        return matrix[..., :-1].reshape(*lead, *self.shapes[0]), bias
+
+    def homogeneous(self, rows: Tensor) -> Tensor:
+        """Append the constant one of ``[a; 1]`` as this player's parameters ask for it."""
+        if not self.has_bias:
+            return rows
+        ones = rows.new_ones(*rows.shape[:-1], 1)
+        return torch.cat([rows, ones], -1) if self.has_weight else ones

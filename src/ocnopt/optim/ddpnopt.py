@@ -1,0 +1,431 @@
+"""DDPNOpt (Liu, Chen & Theodorou, ICLR 2021) in the ordinary training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.control.batch import Batch, gather
+from ocnopt.control.bellman import RECURSIONS
+from ocnopt.control.diagnostics import Diagnostics, Ledger
+from ocnopt.control.players import Player
+from ocnopt.control.record import Pass, Recorder
+from ocnopt.control.sweep import Stage, Sweep
+from ocnopt.control.tape import Replay, Tape
+from ocnopt.control.terminal import TerminalCost
+from ocnopt.curvature import Identity, Preconditioner, preconditioner
+from ocnopt.errors import GraphError, OptionError, RecordingError
+from ocnopt.optim.base import ModelOptimizer
+from ocnopt.optim.mover import ParamMover
+from ocnopt.optim.parallel import mean_over, processes, sum_over
+
+__all__ = ["DDPNOpt", "FeedbackOptimizer"]
+
+ROLLOUTS = ("linear", "nonlinear", "off")
+
+#: A gradient whose square is below this share of its terms' is what cancellation left of them.
+_CANCELLED = 1e-9
+
+
+class FeedbackOptimizer(ModelOptimizer):
+    """Bellman pass, feedback pass and preconditioner put together; see :class:`DDPNOpt`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        *,
+        lr: float,
+        preconditioner_: str | Preconditioner,
+        bellman: str,
+        rollout: str,
+        terminal: str,
+        feedback_clip: float | None,
+        momentum: float,
+        weight_decay: float,
+        reduction: str,
+        measure_every: int,
+        params: Any,
+    ) -> None:
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise OptionError(
+                "criterion: expected the nn.Module that the loop calls, got "
+                f"{type(criterion).__name__}; wrap a function as ocnopt.Criterion(function) and "
+                "call that in the loop"
+            )
+        for name, value, choices in (
+            ("bellman", bellman, RECURSIONS),
+            ("rollout", rollout, ROLLOUTS),
+            ("reduction", reduction, ("mean", "sum")),
+        ):
+            if value not in choices:
+                raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
+        if measure_every < 0:
+            raise OptionError(f"measure_every={measure_every}, but it must be at least 0")
+        if measure_every and criterion is None:
+            raise OptionError("measure_every needs the criterion, to evaluate the loss again")
+        self.criterion = criterion
+        self.bellman = bellman
+        self.rollout = rollout
+        own = getattr(criterion, "reduction", None)
+        self.reduction = own if own in ("mean", "sum") else reduction
+        self.measure_every = measure_every
+        self._steps = 0
+        self._ledger: Ledger | None = None
+        feedback = bellman != "off" or rollout != "off"
+        self.terminal = TerminalCost(criterion, terminal)
+        if not feedback:  # no curvature is asked for, so none is computed
+            self.terminal = TerminalCost(None, "outer-product")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "feedback_clip": feedback_clip,
+            "preconditioner": preconditioner(preconditioner_).options(),
+        }
+        super().__init__(model, defaults, params)
+        self._rebuild_recorder()
+
+    @property
+    def feedback_on(self) -> bool:
+        """Whether the step differs from the lender's."""
+        return self.bellman != "off" or self.rollout != "off"
+
+    def _rebuild_recorder(self) -> None:
+        """Hook the model where anything has to be recorded."""
+        factored = any(self._build(group).factored for group in self.param_groups)
+        if not (self.feedback_on or factored or self.measure_every):
+            return
+        watch = self.rollout == "nonlinear" or self.measure_every > 0
+        self.recorder = Recorder(
+            self.model,
+            self.players if self.feedback_on or factored else [],
+            self.criterion,
+            self.terminal,
+            _Watcher(self.model, self.players, self.terminal.rank_r, self.rollout)
+            if watch
+            else None,
+        )
+
+    # step
+
+    def _step(self) -> None:
+        recorder = self.recorder
+        passes = recorder.take() if recorder is not None else []
+        self._require_finite([call.loss for p in passes for call in p.calls])
+        self._steps += 1
+        measured = self.measure_every and self._steps % self.measure_every == 0
+        group_of = self._group_of()
+        graded = [p for p in group_of if p.grad is not None]
+        stages, batches = self._stages(passes, graded, group_of)
+        sweep: Sweep | None = None
+        params: list[Tensor] = []
+        deltas: list[Tensor] = []
+        if stages:
+            sharing = processes() > 1
+            sweep = Sweep(
+                stages,
+                batches,
+                self.bellman,
+                self.rollout,
+                mean_over if sharing else None,
+                sum_over if sharing else None,
+            )
+            sweep.backward()
+            if self.rollout == "nonlinear":
+                self._nonlinear(sweep, passes)
+            else:
+                sweep.forward()
+                for stage in stages:
+                    params.extend(stage.player.params)
+                    deltas.extend(stage.delta)
+        done = {p for stage in stages for p in stage.player.params}
+        for mover in self._rest([p for p in graded if p not in done], group_of):
+            mover.observe()
+            params.extend(mover.params)
+            deltas.extend(mover.move(mover.base()))
+        self._apply(params, deltas)
+        self._ledger = None
+        if sweep is not None:
+            reports = [_report(stage) for stage in stages]
+            self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
+        if measured and passes:
+            self._measure(passes)
+
+    def _stages(
+        self,
+        passes: list[Pass],
+        graded: list[Tensor],
+        group_of: dict[Tensor, dict[str, Any]],
+    ) -> tuple[list[Stage], list[Batch]]:
+        """The players that take part in this step, in forward order, and their samples."""
+        if self.recorder is None or not self.recorder.players:
+            return [], []
+        have = set(graded)
+        expected = [p for p in self.players if any(q in have for q in p.params)]
+        if not expected:
+            return [], []
+        if not any(p.received for p in passes):
+            self._nothing_recorded(expected)
+        self._reasons = {}
+        batches = gather(passes, self.terminal, self.reduction, processes())
+        order: dict[Player, None] = {}
+        for batch in batches:
+            self._reasons.update(batch.skipped)
+            order.update(dict.fromkeys(batch.traces))
+        batches = [batch for batch in batches if batch.samples]
+        stages = []
+        for player in order:
+            mine = [group_of[p] for p in player.params if p in group_of]
+            if player in self._reasons or len(mine) < len(player.params):
+                self._reasons.setdefault(player, "not all of its parameters are optimized")
+                continue
+            if not all(p in have for p in player.params):
+                self._reasons[player] = "one of its parameters received no gradient"
+                continue
+            rule = self._build(mine[0])
+            if rule.factored and not player.layer.kronecker:
+                rule = Identity()
+            if not (self.feedback_on or rule.factored):
+                continue
+            states = [self.state[p] for p in player.params]
+            mover = ParamMover(list(player.params), mine, states, rule, player.layer)
+            stages.append(Stage(player, mover, mine[0]["feedback_clip"]))
+        for player in expected:
+            if player not in order:
+                self._reasons.setdefault(
+                    player, "its weight was used without calling it, so nothing was recorded"
+                )
+        for player in self.players:
+            if player not in order and player not in self._reasons:
+                self._reasons[player] = "it received no gradient in the last step"
+        self._measure_scales(stages, batches)
+        return stages, batches
+
+    def _nothing_recorded(self, expected: list[Player]) -> None:
+        raise RecordingError(
+            f"gradients arrived, but no call of any layer was recorded (first: "
+            f"{expected[0].name!r}). Build the optimizer before torch.compile and before the "
+            "first forward pass; do not call detach() before the last step"
+        )
+
+    def _measure_scales(self, stages: list[Stage], batches: list[Batch]) -> None:
+        """How the loop rescaled gradients since autograd made them (clipping, unscaling).
+
+        The recorded signals know nothing of it, so one gradient per player, the cheapest, is
+        formed again from them and compared with what the loop left.
+        """
+        recorder = self.recorder
+        assert recorder is not None
+        touched = [s for s in stages if any(recorder.touched(p) for p in s.player.params)]
+        if not touched:
+            return
+        cheap = torch.stack([self._probe(stage, batches, cheap=True) for stage in touched])
+        found = cheap.double().tolist()
+        for i, (_, square, gross) in enumerate(found):
+            if square <= _CANCELLED * gross:  # a bias before a BatchNorm: noise, not a gradient
+                found[i] = self._probe(touched[i], batches, cheap=False).double().tolist()
+        total = sum(square for _, square, _ in found)
+        common = sum(product for product, _, _ in found) / total if total else 1.0
+        for stage, (product, square, gross) in zip(touched, found, strict=True):
+            own = product / square if square > _CANCELLED * gross else common
+            # Rounding apart, clipping and unscaling have one factor for all players.
+            same = abs(own - common) <= 1e-2 * abs(common)
+            stage.mover.scale = common if same else own
+
+    def _probe(self, stage: Stage, batches: list[Batch], cheap: bool) -> Tensor:
+        """(g . g0, g0 . g0, |terms of g0|^2) of one gradient: as it is, g, and as made, g0."""
+        params = stage.player.params
+        which = min(range(len(params)), key=lambda j: params[j].numel() * (1 if cheap else -1))
+        made = torch.zeros_like(params[which])
+        gross = made.new_zeros(())
+        for batch in batches:
+            trace = batch.traces.get(stage.player)
+            if trace is not None:
+                part, terms = trace.remake(which, batch.baseline())
+                made, gross = made + part, gross + terms
+        if processes() > 1:
+            made, gross = mean_over((made, gross))
+        now = stage.mover.base()[which]
+        return torch.stack([(now * made).sum(), (made * made).sum(), gross])
+
+    def _rest(
+        self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
+    ) -> list[ParamMover]:
+        """Parameters without a stage: the first-order rule of their group's preconditioner."""
+        by_group: dict[int, list[Tensor]] = {}
+        for p in params:
+            by_group.setdefault(id(group_of[p]), []).append(p)
+        movers = []
+        for mine in by_group.values():
+            group = group_of[mine[0]]
+            rule = self._build(group)
+            if rule.factored:
+                rule = Identity()
+            states = [self.state[p] for p in mine]
+            movers.append(ParamMover(mine, [group] * len(mine), states, rule))
+        return movers
+
+    # second passes
+
+    def _nonlinear(self, sweep: Sweep, passes: list[Pass]) -> None:
+        """Lines 14 to 18 of Algorithm 3: a second forward pass that applies updates on its way."""
+        recorded = passes[0]
+        if len(passes) > 1 or recorded.forwards != 1 or recorded.tape is None:
+            raise GraphError(
+                f"rollout='nonlinear' runs the last forward pass again, but {len(passes)} passes "
+                f"with {recorded.forwards} calls of the model led to this step; use "
+                "rollout='linear' with gradient accumulation or several calls"
+            )
+        tape = recorded.tape
+        assert recorded.inputs is not None
+        places = {stage.player: i for i, stage in enumerate(sweep.stages)}
+        starts = {player: i for i, player in enumerate(tape.starts)}
+        backup = [(p, p.clone()) for stage in sweep.stages for p in stage.player.params]
+
+        def turn(player: Player) -> None:
+            position = places.get(player)
+            if position is None:
+                return
+            rho = tape.rho(starts[player], sweep.batches[0])
+            delta = sweep.act(position, [rho])
+            self._apply(list(player.params), list(delta))
+            sweep.follow(position)
+
+        try:
+            Replay(tape, recorded.inputs).run(turn)
+        except BaseException:
+            for p, kept in backup:
+                p.copy_(kept)
+            raise
+
+    def _measure(self, passes: list[Pass]) -> None:
+        """Run the step's batches again with the new weights."""
+        before = after = 0.0
+        assert self.criterion is not None
+        for recorded in passes:
+            tape = recorded.tape
+            if tape is None or recorded.inputs is None or recorded.forwards != 1:
+                return
+            output = Replay(tape, recorded.inputs).run(lambda player: None)
+            for call in recorded.calls:
+                if isinstance(output, Tensor):
+                    value = self.criterion.forward(output, *call.args, **call.kwargs)
+                    before += float(call.loss.sum()) / len(passes)
+                    after += float(value.sum()) / len(passes)
+        if self._ledger is not None:
+            self._ledger.actual = before - after
+
+    # what happened
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Figures of the last step, in total and per player; see :class:`Diagnostics`."""
+        return Diagnostics() if self._ledger is None else self._ledger.read()
+
+
+class _Watcher:
+    """Starts a tape when the model's forward begins."""
+
+    def __init__(
+        self, model: nn.Module, players: list[Player], columns: bool, rollout: str
+    ) -> None:
+        self.model = model
+        self.players = players if rollout == "nonlinear" else []
+        self.columns = columns
+
+    def __call__(self, recorded: Pass) -> None:
+        recorded.tape = Tape(self.model, self.players, self.columns)
+
+
+def _report(stage: Stage) -> dict[str, float]:
+    mover = stage.mover
+    assert isinstance(mover, ParamMover)
+    return mover.report
+
+
+class DDPNOpt(FeedbackOptimizer):
+    """Differential dynamic programming neural optimizer.
+
+    Every layer is a stage of an optimal-control problem and its update a feedback policy:
+
+        theta_t <- theta_t - eta M_t^-1 (1/B) sum_i P_u^(i) [ v^(i) + clip(K^(i) rho^(i)) ]
+
+    with the value function pulled back from the terminal cost (v, K) and rho the change of the
+    sample's cost that the updates of earlier layers have already caused. With ``bellman="off",
+    rollout="off"`` it is the optimizer that lends M, step for step. Sources: the paper's Eq. 5,
+    12, 16, 17, Table 2 and Algorithm 3.
+
+    Args:
+        model: Any ``nn.Module``; its layers are recorded by hooks, its code is not changed.
+        criterion: The module that the training loop calls on the model's output; its curvature is
+            the terminal cost's. Wrap a function as ``ocnopt.Criterion(function)``.
+        lr: Learning rate eta.
+        preconditioner: M: "identity", "rmsprop", "adam", "kfac", "ekfac", or an object of
+            ``ocnopt.curvature`` with options of its own.
+        bellman: How the value is pulled back through a player: "share", "sample", "joint",
+            "literal" (Eq. 5 as printed) or "off" (the value is the gradient).
+        rollout: Where the state differential comes from: "linear", "nonlinear" (the paper's
+            second forward pass) or "off" (no feedback).
+        terminal: Hessian of the terminal cost: "matched" (rank one with the true curvature along
+            the gradient; the default with a criterion), "outer-product" (rank one as in Prop. 3;
+            the default without), "gauss-newton" (exact, rank r).
+        feedback_clip: Bound on a sample's feedback relative to its open-loop term; None for none.
+        momentum: As in ``torch.optim.SGD``, on the preconditioned direction.
+        weight_decay: L2 penalty, placed as in the optimizer that lends M.
+        reduction: How the criterion reduces over samples, "mean" or "sum"; read off the criterion
+            where it says so.
+        measure_every: Measure the actual decrease on the same batch every so many steps, at the
+            cost of a forward pass; 0 for never.
+        params: Parameter groups by name, prefix, module or parameter, with options of their own;
+            what no group names gets the constructor's.
+
+    Raises:
+        OptionError: An option that is unknown or out of range.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+        >>> criterion = torch.nn.CrossEntropyLoss()
+        >>> optimizer = DDPNOpt(model, criterion, lr=0.1)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> optimizer.zero_grad()
+        >>> criterion(model(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | None = None,
+        *,
+        lr: float,
+        preconditioner: str | Preconditioner = "identity",
+        bellman: str = "share",
+        rollout: str = "linear",
+        terminal: str | None = None,
+        feedback_clip: float | None = 0.5,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        reduction: str = "mean",
+        measure_every: int = 0,
+        params: Any = None,
+    ) -> None:
+        if terminal is None:
+            terminal = "outer-product" if criterion is None else "matched"
+        super().__init__(
+            model,
+            criterion,
+            lr=lr,
+            preconditioner_=preconditioner,
+            bellman=bellman,
+            rollout=rollout,
+            terminal=terminal,
+            feedback_clip=feedback_clip,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            reduction=reduction,
+            measure_every=measure_every,
+            params=params,
+        )

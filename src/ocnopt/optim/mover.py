@@ -1,0 +1,119 @@
+"""How parameters move: gradient, weight decay, preconditioner, momentum, learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.curvature import Observation, Preconditioner
+from ocnopt.curvature.metric import Metric
+from ocnopt.layers import Layer, Params
+
+__all__ = ["ParamMover"]
+
+
+class ParamMover:
+    """Parameters that share a preconditioner: a player's, or those no player owns.
+
+    Everything is placed as in the optimizer that lends M, so that without feedback the step is
+    that optimizer's: weight decay enters the gradient before M (after it where M is factored),
+    momentum smooths the preconditioned direction.
+
+    Args:
+        params: The parameters.
+        groups: The parameter group of each.
+        states: The optimizer's state of each.
+        preconditioner: M.
+        layer: The player's layer, or None.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        groups: list[dict[str, Any]],
+        states: list[dict[str, Any]],
+        preconditioner: Preconditioner,
+        layer: Layer | None = None,
+    ) -> None:
+        self.params = params
+        self.groups = groups
+        self.states = states
+        self.preconditioner = preconditioner
+        self.layer = layer
+        self.rates = tuple(float(group["lr"]) for group in groups)
+        self.decays = [float(group["weight_decay"]) for group in groups]
+        self.scale = 1.0
+        self.report: dict[str, float] = {}
+        self._metric: Metric | None = None
+        self._seen: Observation | None = None
+        self._base = tuple(
+            torch.zeros_like(p)
+            if p.grad is None
+            else p.grad.to_dense()
+            if p.grad.is_sparse
+            else p.grad
+            for p in params
+        )
+
+    def base(self) -> Params:
+        """The gradient as the loop left it."""
+        return self._base
+
+    def _decayed(self, d: Params) -> Params:
+        if not any(self.decays):
+            return d
+        return tuple(
+            torch.add(part, p, alpha=decay) if decay else part
+            for part, p, decay in zip(d, self.params, self.decays, strict=True)
+        )
+
+    def observe(
+        self,
+        mean: Callable[[], Params] | None = None,
+        factors: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        samples: int = 1,
+    ) -> Metric:
+        """Update the preconditioner with the Bellman objective (by default: the gradient)."""
+        first = self.preconditioner.decay_first
+
+        def decayed_mean() -> Params:
+            value = self._base if mean is None else mean()
+            return self._decayed(value) if first else value
+
+        self._seen = Observation(
+            self.states, self.rates, decayed_mean, self.layer, factors, samples, self.report
+        )
+        self._metric = self.preconditioner.observe(self._seen)
+        return self._metric
+
+    def probe(self, mean: Params) -> Params:
+        """The open-loop step ``-eta M^-1 E[Q_u]``."""
+        assert self._metric is not None
+        return tuple(
+            part * -rate for part, rate in zip(self._metric.solve(mean), self.rates, strict=True)
+        )
+
+    def move(self, d: Params) -> Params:
+        """The parameters' change for the direction d; momentum buffers are updated."""
+        assert self._metric is not None and self._seen is not None
+        first = self.preconditioner.decay_first
+        u = self.preconditioner.direction(
+            self._metric, self._seen, self._decayed(d) if first else d
+        )
+        if not first:
+            u = self._decayed(u)
+        out = []
+        for part, group, state, rate in zip(u, self.groups, self.states, self.rates, strict=True):
+            momentum = group["momentum"]
+            if momentum:
+                buffer = state.get("momentum_buffer")
+                if buffer is None:
+                    buffer = state["momentum_buffer"] = part.clone()
+                else:
+                    buffer.mul_(momentum).add_(part)
+                part = buffer
+            out.append(part * -rate)
+        return tuple(out)
