@@ -526,6 +526,7 @@ def graph_step(
     o, lr, batch = options, options.lr, len(x)
     memory = {} if memory is None else memory
     names = {p: name for name, p in model.named_parameters()}
+    dtype = next(model.parameters()).dtype
 
     # P_u (m, r) per player and sample; P_h (h, r) and the inputs for clipping and factors.
     P_u: list[list[Tensor]] = [[] for _ in players]
@@ -552,16 +553,16 @@ def graph_step(
             eigenvalues, vectors = torch.linalg.eigh(hessian)
             factor = vectors * eigenvalues.clamp_min(0).sqrt()
             columns = torch.cat([gradient[:, None], factor], dim=1)
-            curvature = torch.eye(columns.shape[1], dtype=x.dtype)
+            curvature = torch.eye(columns.shape[1], dtype=dtype)
             curvature[0, 0] = 0
         else:
             columns = gradient[:, None]
-            curvature = torch.ones(1, 1, dtype=x.dtype)
+            curvature = torch.ones(1, 1, dtype=dtype)
             if o.terminal == "matched":
                 curvature = curvature * matched_curvature(gradient, hessian)
         columns_T.append(columns)
         K.append(curvature)
-        v.append(torch.eye(columns.shape[1], dtype=x.dtype)[0])
+        v.append(torch.eye(columns.shape[1], dtype=dtype)[0])
         for t, player in enumerate(players):
             sources = list(player.parameters()) + seen[t]
             per_column = [
@@ -640,7 +641,7 @@ def graph_step(
             rho[t] = [torch.zeros_like(c[0]) for c in columns_T]
         else:
             raise ValueError("the graph oracle has no nonlinear rollout")
-        d = torch.zeros(len(P_u[t][0]), dtype=x.dtype)
+        d = torch.zeros(len(P_u[t][0]), dtype=dtype)
         for i in range(batch):
             y = P_h[t][i] @ v_after[t][i]
             feedback = K_after[t][i] @ rho[t][i]

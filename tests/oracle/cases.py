@@ -197,7 +197,7 @@ class Branching(nn.Module):
 def branching() -> Case:
     """The branches before a head."""
     model = Branching()
-    livelier(model, 2.0)
+    livelier(model, 2.4)
     x, y = torch.randn(3, 3), torch.tensor([0, 2, 1])
     return Case(model, model.stages(), x, y, nn.CrossEntropyLoss())
 

@@ -15,15 +15,21 @@ TOLERANCE = 1e-9
 
 
 def preconditioner_of(options: Options):
-    """The preconditioner as a user would hand it over: an object with the oracle's options."""
+    """The preconditioner as a user would hand it over: an object with the oracle's options.
+
+    The oracle's Kronecker factors are those of the current batch, so nothing is smoothed or kept.
+    """
+    every_step = {"decay": 0.0, "update_every": 1}
     if options.preconditioner == "rmsprop":
         return ocnopt.curvature.RMSprop(decay=options.decay, eps=options.eps)
     if options.preconditioner == "adam":
         return ocnopt.curvature.Adam(betas=options.betas, eps=options.eps)
     if options.preconditioner == "kfac":
-        return ocnopt.curvature.KFAC(damping=options.damping)
+        return ocnopt.curvature.KFAC(damping=options.damping, **every_step)
     if options.preconditioner == "ekfac":
-        return ocnopt.curvature.EKFAC(damping=options.damping, eigen_decay=options.eigen_decay)
+        return ocnopt.curvature.EKFAC(
+            damping=options.damping, eigen_decay=options.eigen_decay, **every_step
+        )
     return options.preconditioner
 
 

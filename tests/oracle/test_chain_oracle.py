@@ -11,6 +11,8 @@ import pytest
 import torch
 from oracles import Options, ddp_step, distance, row_losses
 
+import ocnopt
+
 fc_case = functools.cache(cases.fc_chain)
 conv_case = functools.cache(cases.conv_chain)
 grouped_case = functools.cache(lambda: cases.conv_chain(groups=2))
@@ -93,6 +95,8 @@ def test_momentum_and_weight_decay_in_one_step(preconditioner, rollout):
         ("rmsprop", 0.9, 0.01),
         ("adam", 0.0, 0.0),
         ("adam", 0.0, 0.01),
+        ("kfac", 0.9, 0.01),
+        ("ekfac", 0.9, 0.01),
     ],
 )
 @pytest.mark.parametrize("bellman", ("share", "joint"))
@@ -112,14 +116,24 @@ def test_several_steps(bellman, preconditioner, momentum, weight_decay):
     for step in range(4):
         x, y = torch.randn(3, 3), torch.randint(3, (3,))
         phi = row_losses(case.criterion, case.model(x), y)
-        now = cases.Case(case.model, case.stages, x, y, case.criterion)
         expected = ddp_step(case.stages, x, phi, options, memory)
         before = {p: p.detach().clone() for p in case.model.parameters()}
         comparison.train_step(optimizer, case.model, case.criterion, x, y)
-        for name, p in now.model.named_parameters():
+        for name, p in case.model.named_parameters():
             change, want = p.detach() - before[p], expected.new[p] - before[p]
             error = float((change - want).abs().max() / want.abs().max())
             assert error < 1e-8, (step, name, error)
+
+
+@pytest.mark.parametrize("preconditioner", ("kfac", "ekfac"))
+def test_the_first_factors_are_the_batch_s(preconditioner):
+    """However much is smoothed later, the first step's factors are those of its batch."""
+    case, options = fc_case(), cases.options_for(preconditioner)
+    expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+    kind = {"kfac": ocnopt.curvature.KFAC, "ekfac": ocnopt.curvature.EKFAC}[preconditioner]
+    smoothed = kind(damping=options.damping, decay=0.95, update_every=7)
+    actual = comparison.package_step(case, options, preconditioner=smoothed)
+    comparison.assert_same_step(case, actual, expected.new)
 
 
 def test_a_batch_of_one():

@@ -383,9 +383,11 @@ def test_lemma_5_gradient_descent_solves_the_minimum_condition():
         p_out = torch.autograd.grad(criterion(out, y), out, retain_graph=True)[0]
         p_pre = (p_out @ model[2].weight) * (1 - hidden**2)
         total = 0.0
-        for layer, a, p in ((model[0], x, p_pre), (model[2], hidden, p_out)):
+        for layer, a, p in ((model[0], x, p_pre), (model[2], hidden.detach(), p_out)):
+            p = p.detach()
             best_weight, best_bias = -(p.T @ a) / gamma, -p.sum(0) / gamma
-            total += float((layer.weight - best_weight).norm() + (layer.bias - best_bias).norm())
+            total += float((layer.weight.detach() - best_weight).norm())
+            total += float((layer.bias.detach() - best_bias).norm())
         return total
 
     first = gap()
