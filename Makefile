@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The problems are small: more threads than this cost time. A smaller number may be asked for.
-export OMP_NUM_THREADS ?= 2
+# The problems are small: sharing them among threads costs time, and very much of it on busy cores.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint format types clean

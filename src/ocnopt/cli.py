@@ -120,7 +120,7 @@ def train(
         log_every: Steps between rows of metrics.jsonl [default: 50].
         checkpoint_every: Steps between checkpoints [default: at every epoch's end].
         device: Torch device, such as cpu or cuda [default: cpu].
-        threads: Threads that torch may use.
+        threads: Threads that torch may use [default: 1 for fcn, torch's own setting for cnn].
         json: Print one JSON object on stdout in place of the progress bar and the summary.
     """
     from ocnopt.experiments.config import TrainConfig, from_json

@@ -51,7 +51,8 @@ class TrainConfig:
         resume: Take up the run in `output` from its checkpoint.
         data_root: Folder with the data sets that are files.
         device: Torch device.
-        threads: Threads that torch may use; None leaves torch's setting alone.
+        threads: Threads that torch may use. None: one for `fcn`, whose products are too small to
+            be shared and suffer badly where cores are busy; torch's own setting for `cnn`.
         log_every: Steps from one logged row to the next; epoch ends are logged too.
         checkpoint_every: Steps from one checkpoint to the next; epoch ends are kept too.
 
@@ -121,6 +122,7 @@ class TrainConfig:
             activation=(self.activation or problem.activation) if fcn else None,
             batch_size=self.batch_size or problem.batch_size,
             epochs=DEFAULT_EPOCHS if no_end else self.epochs,
+            threads=1 if fcn and self.threads is None else self.threads,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -45,9 +45,8 @@ def run(seeds: int, steps: int) -> Results:
         for lr in LEARNING_RATES:
             for seed in range(seeds):
                 for name, label in OPTIMIZERS:
-                    # One thread: products this small are faster on one core than shared by two.
                     config = TrainConfig(
-                        optimizer=name, lr=lr, seed=seed, steps=steps, log_every=_WINDOW, threads=1
+                        optimizer=name, lr=lr, seed=seed, steps=steps, log_every=_WINDOW
                     )
                     bar = TrainProgress(progress, f"{label:<8} lr {lr:g} seed {seed}")
                     results.setdefault((lr, name), []).append(train(config, bar))

@@ -82,13 +82,13 @@ class TrainProgress(Watcher):
         if now - self._shown_at < _SECONDS_BETWEEN_UPDATES or self._progress.disable:
             return
         self._shown_at = now
-        self._loss = f"loss {float(loss.detach()):.4f}"
+        self._loss = f"loss {float(loss.detach()):.4g}"
         self._show(step)
 
     def logged(self, row: dict[str, Any]) -> None:
         """Show a row's mean loss and accuracy."""
         if row["train_loss"] is not None:
-            self._loss = f"loss {row['train_loss']:.4f}"
+            self._loss = f"loss {row['train_loss']:.4g}"
         if row["test_accuracy"] is not None:
             self._accuracy = f"  test {100 * row['test_accuracy']:.1f} %"
         self._show(row["step"])
@@ -125,7 +125,7 @@ def print_result(console: Console, result: TrainResult) -> None:
         table.add_row("diverged", f"at step {result.diverged_step:,}; try a smaller --lr")
     else:
         last = min(result.steps, result.steps_per_epoch)
-        table.add_row("train loss", f"{result.train_loss:.4f} (mean of the last {last:,} steps)")
+        table.add_row("train loss", f"{result.train_loss:.4g} (mean of the last {last:,} steps)")
     table.add_row("test accuracy", f"{100 * result.test_accuracy:.2f} %")
     if result.diagnostics is not None:
         table.add_row("last step", _diagnostics(result.diagnostics))
