@@ -21,7 +21,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         OSError: If the folder cannot be written to. What `write` raises passes through; both leave
             the old file as it was and nothing beside it.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")  # always the same: what a crash left is replaced
     try:
         with part.open("wb") as file:
             write(file)
