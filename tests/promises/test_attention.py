@@ -10,7 +10,7 @@ from torch import nn
 class Encoder(nn.Module):
     def __init__(self, batch_first):
         super().__init__()
-        self.batch_first = batch_first
+        self.rows_first = batch_first
         self.embed = nn.Embedding(11, 8)
         self.layer = nn.TransformerEncoderLayer(
             8, 2, 16, dropout=0.0, batch_first=batch_first
@@ -19,24 +19,24 @@ class Encoder(nn.Module):
 
     def forward(self, tokens):
         x = self.embed(tokens)
-        x = x if self.batch_first else x.transpose(0, 1)
+        x = x if self.rows_first else x.transpose(0, 1)
         x = self.layer(x)
-        return self.head(x.mean(1 if self.batch_first else 0))
+        return self.head(x.mean(1 if self.rows_first else 0))
 
 
 class Attention(nn.Module):
     def __init__(self, batch_first):
         super().__init__()
-        self.batch_first = batch_first
+        self.rows_first = batch_first
         self.embed = nn.Linear(5, 8)
         self.attend = nn.MultiheadAttention(8, 2, batch_first=batch_first)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
         x = self.embed(x)
-        x = x if self.batch_first else x.transpose(0, 1)
+        x = x if self.rows_first else x.transpose(0, 1)
         x, _ = self.attend(x, x, x)
-        return self.head(x.mean(1 if self.batch_first else 0))
+        return self.head(x.mean(1 if self.rows_first else 0))
 
 
 def made(kind, batch_first):
@@ -61,7 +61,7 @@ def test_trains_and_says_what_falls_back(name, kind, batch_first):
         loss = criterion(model(x), y)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     # The bias of the keys has no influence on attention; everything else must have moved.
     for n, p in model.named_parameters():
@@ -82,6 +82,20 @@ def test_trains_and_says_what_falls_back(name, kind, batch_first):
         outside = rows["layer.linear1.weight"]
         assert outside.treatment == ("player" if batch_first else "first-order")
         assert batch_first or "batch_first" in outside.reason
+
+
+def test_time_first_rows_are_not_taken_for_samples():
+    """As many positions as samples: the shapes alone would not tell them apart."""
+    torch.manual_seed(0)
+    model = Encoder(False).double()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1)
+    criterion(model(torch.randint(11, (6, 6))), torch.randint(3, (6,))).backward()
+    optimizer.step()
+    rows = {row.parameter: row for row in optimizer.coverage()}
+    assert rows["layer.linear1.weight"].treatment == "first-order"
+    assert rows["layer.norm1.weight"].treatment == "first-order"
+    assert rows["embed.weight"].treatment == "player"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

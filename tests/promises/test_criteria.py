@@ -1,0 +1,247 @@
+"""The same loss, however it is written."""
+
+import ocnopt
+import pytest
+import torch
+import torch.nn.functional as F
+from promises.conformance import (
+    OPTIMIZERS,
+    assert_feedback_active,
+    assert_updates_close,
+    batch,
+    ddpnopt,
+    mlp,
+    weights,
+)
+from torch import nn
+
+STEPS = 3
+TERMINALS = ["matched", "outer-product", "gauss-newton"]
+
+
+def trained(make, criterion, loss_of, data=None, model=None, steps=STEPS):
+    model = mlp() if model is None else model
+    optimizer = make(model, criterion)
+    for i in range(steps):
+        x, y = batch(seed=i) if data is None else data(i)
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    if isinstance(optimizer, ocnopt.DDPNOpt):
+        assert_feedback_active(optimizer)
+    return model
+
+
+def with_terminal(name, terminal, **options):
+    def make(model, criterion):
+        return ddpnopt(model, criterion, name, terminal=terminal, **options)
+
+    return make
+
+
+def reference(make, **options):
+    criterion = nn.CrossEntropyLoss()
+    return trained(make, criterion, lambda out, y: criterion(out, y), **options)
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("name", ["identity", "adam", "kfac"])
+def test_functional_criterion(name, terminal):
+    make = with_terminal(name, terminal)
+    criterion = ocnopt.Criterion(F.cross_entropy)
+    model = trained(make, criterion, lambda out, y: criterion(out, y))
+    assert_updates_close(weights(mlp()), model, reference(make), 1e-9)
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("form", ["sum", "none", "functional-none", "weighted-none"])
+@pytest.mark.parametrize("name", ["identity", "adam", "kfac", "ekfac"])
+def test_reductions(name, form, terminal):
+    make = with_terminal(name, terminal)
+    if form == "functional-none":
+        criterion = ocnopt.Criterion(lambda out, y: F.cross_entropy(out, y, reduction="none"))
+    else:
+        criterion = nn.CrossEntropyLoss(reduction="sum" if form == "sum" else "none")
+    half = torch.full((12,), 1 / 12, dtype=torch.float64)
+
+    def loss_of(out, y):
+        values = criterion(out, y)
+        if form == "sum":
+            return values / len(y)
+        return (values * half).sum() if form == "weighted-none" else values.mean()
+
+    model = trained(make, criterion, loss_of)
+    assert_updates_close(weights(mlp()), model, reference(make), 1e-9)
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_keyword_arguments(terminal):
+    make = with_terminal("identity", terminal)
+    criterion = nn.CrossEntropyLoss()
+    model = trained(make, criterion, lambda out, y: criterion(input=out, target=y))
+    assert_updates_close(weights(mlp()), model, reference(make), 1e-12)
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_probability_targets_and_softmax_outside(terminal):
+    make = with_terminal("identity", terminal)
+    criterion = nn.CrossEntropyLoss()
+    model = trained(make, criterion, lambda out, y: criterion(out, F.one_hot(y, 3).to(out)))
+    assert_updates_close(weights(mlp()), model, reference(make), 1e-9)
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_is_asked_of_loss_code_but_that_it_calls_the_module(name, terminal):
+    """Other terms in the loss (here a penalty on the weights) reach the weights as gradients."""
+    if not name.startswith("DDPNOpt"):
+        pytest.skip("has no terminal cost")
+    kind = name.removeprefix("DDPNOpt-")
+    criterion = nn.CrossEntropyLoss()
+    model = mlp()
+    optimizer = ddpnopt(model, criterion, kind, terminal=terminal, feedback_clip=1e-12)
+    x, y = batch()
+    penalty = 0.5 * sum((p**2).sum() for p in model.parameters())
+    (criterion(model(x), y) + 0.1 * penalty).backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_weight_penalty_moves_as_a_gradient():
+    """A bound so tight that no feedback is left: the penalty's gradient is all there."""
+    criterion = nn.CrossEntropyLoss()
+    moved = []
+    for penalty in (0.0, 0.1):
+        model = nn.Sequential(nn.Linear(5, 3)).double()
+        nn.init.constant_(model[0].weight, 0.3)
+        nn.init.constant_(model[0].bias, 0.1)
+        optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1)
+        x, y = batch()
+        loss = criterion(model(x), y) + 0.5 * penalty * (model[0].weight ** 2).sum()
+        loss.backward()
+        optimizer.step()
+        moved.append(model[0].weight.detach())
+    torch.testing.assert_close(moved[0] - moved[1], torch.full_like(moved[0], 0.1 * 0.1 * 0.3))
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix = nn.Embedding(9, 6), nn.Linear(6, 7)
+        self.norm, self.out = nn.LayerNorm(7), nn.Linear(7, 9)
+
+    def forward(self, tokens):
+        return self.out(self.norm(torch.tanh(self.mix(self.table(tokens)))))
+
+
+def language():
+    torch.manual_seed(0)
+    return Language().double()
+
+
+def tokens(i):
+    g = torch.Generator().manual_seed(i)
+    data = torch.randint(9, (6, 5), generator=g)
+    return data[:, :-1], data[:, 1:]
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("name", ["identity", "adam", "kfac", "ekfac"])
+def test_language_model_logits(name, terminal):
+    """(B T, V) rows and (B, V, T) volumes are the same samples."""
+    make = with_terminal(name, terminal)
+    one, two = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()
+    flat = trained(
+        make, one, lambda out, y: one(out.reshape(-1, 9), y.reshape(-1)), tokens, language(), 2
+    )
+    volume = trained(make, two, lambda out, y: two(out.transpose(1, 2), y), tokens, language(), 2)
+    assert_updates_close(weights(language()), flat, volume, 1e-8)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_language_model_covers_every_layer(name):
+    criterion = nn.CrossEntropyLoss(ignore_index=0)
+    model = language()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    losses = []
+    x, y = tokens(0)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = criterion(model(x).reshape(-1, 9), y.reshape(-1))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(r.treatment == "player" and not r.reason for r in optimizer.coverage())
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.left, self.right = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return self.left(x), self.right(x)
+
+
+def heads():
+    torch.manual_seed(0)
+    return Heads().double()
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("name", ["identity", "rmsprop", "adam", "kfac", "ekfac"])
+def test_two_heads_with_two_calls_are_one_criterion_of_both(name, terminal):
+    make = with_terminal(name, terminal)
+    criterion = nn.CrossEntropyLoss()
+
+    def both(pair, y):
+        return criterion(pair[0], y) + 0.5 * criterion(pair[1], (y + 1) % 3)
+
+    two = trained(make, criterion, both, model=heads())
+
+    def joint(out, y):
+        a = F.cross_entropy(out[:, :3], y)
+        return a + 0.5 * F.cross_entropy(out[:, 3:], (y + 1) % 3)
+
+    whole = ocnopt.Criterion(joint)
+    one = trained(make, whole, lambda pair, y: whole(torch.cat(pair, 1), y), model=heads())
+    # "matched" asks for the curvature along the gradient of all outputs together: the same.
+    assert_updates_close(weights(heads()), two, one, 1e-8)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_regression(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    criterion = nn.MSELoss()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    x, _ = batch()
+    y = x[:, :1].sin()
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("terminal", ["matched", "gauss-newton"])
+def test_criterion_never_called(terminal):
+    """Another module, or a function, in the loop: the terminal cost would silently be another."""
+    model = mlp()
+    optimizer = ocnopt.DDPNOpt(model, nn.CrossEntropyLoss(), lr=0.1, terminal=terminal)
+    x, y = batch()
+    before = weights(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ocnopt.RecordingError, match=r"[Cc]riterion"):
+        optimizer.step()
+    assert all(torch.equal(before[n], p) for n, p in weights(model).items())
+
+
+def test_plain_function_is_refused_by_name():
+    with pytest.raises(ocnopt.OptionError, match="Criterion"):
+        ocnopt.DDPNOpt(mlp(), F.cross_entropy, lr=0.1)
