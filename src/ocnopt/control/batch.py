@@ -181,16 +181,17 @@ def _terminal_values(
     if terminal.form == "outer-product" or not calls:
         return v, v.clone()
     if terminal.form == "matched":
-        quad: Tensor | float = 0.0
-        square: Tensor | float = 0.0
-        for call in calls:
-            own = _scale(call, samples)
-            q, n = terminal.along_gradient(call, samples)
-            quad = quad + q.to(dtype) * own**3
-            square = square + n.to(dtype) * own**2
-        assert isinstance(quad, Tensor) and isinstance(square, Tensor)
-        kappa = quad * (scale / count) / square.square()
-        return v, torch.where(square > 0, kappa, torch.zeros_like(kappa)).nan_to_num_(0.0)
+        # kappa is homogeneous of degree -1 in the cost, so scales enter as ratios to the total.
+        quad, square = terminal.along_gradient(calls[0], samples)
+        if len(calls) > 1:
+            ratio = _scale(calls[0], samples) / scale
+            quad, square = quad * ratio**3, square * ratio**2
+            for call in calls[1:]:
+                ratio = _scale(call, samples) / scale
+                q, n = terminal.along_gradient(call, samples)
+                quad, square = quad + q * ratio**3, square + n * ratio**2
+        kappa = quad.to(dtype) / square.to(dtype).square_().mul_(count)
+        return v, kappa.nan_to_num_(0.0, 0.0, 0.0)  # 0 / 0 where the gradient vanishes
     parts = []
     for call in calls:
         size = call.output.numel() // samples

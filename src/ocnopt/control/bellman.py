@@ -14,9 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["RECURSIONS", "pull_back", "pull_back_joint"]
+__all__ = ["PROPORTIONAL", "RECURSIONS", "pull_back", "pull_back_all", "pull_back_joint"]
 
 RECURSIONS = ("share", "sample", "joint", "literal", "off")
+
+#: Recursions that shrink v and K by the same positive factor at rank one.
+PROPORTIONAL = ("share", "sample", "off")
 
 
 def pull_back(
@@ -66,3 +69,21 @@ def pull_back_joint(v: Tensor, k: Tensor, moved: Tensor) -> tuple[Tensor, Tensor
     if v.dim() == 1:
         return v + k * moved, k
     return v + (k @ moved.unsqueeze(-1)).squeeze(-1), k
+
+
+def pull_back_all(v: Tensor, k: Tensor, s: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rank one, all players at once: ``v_t = v_T / (1 + K_T sum_{tau >= t} s_tau)``, K likewise.
+
+    Args:
+        v: v_T, (B,).
+        k: K_T, (B,).
+        s: Gram numbers times the sample's share, of every player but the first, (B, T - 1).
+
+    Returns:
+        The pair (v, K) at the output of every player, first to last.
+    """
+    later = s.flip(1).cumsum(1)  # column j: the last j + 1 players
+    shrink = later.mul_(k.unsqueeze(1)).add_(1).reciprocal_().t()
+    both = torch.stack([v, k]).unsqueeze(1) * shrink  # (2, T - 1, B)
+    vs, ks = both[0].unbind(0), both[1].unbind(0)
+    return [*zip(vs[::-1], ks[::-1], strict=True), (v, k)]

@@ -137,14 +137,10 @@ class Ledger:
         for entry in feedback:
             if entry is None:
                 continue
-            if len(entry) == 3:
-                raw, applied, v = entry
-                ratios.append((applied / v).abs().nan_to_num(0.0, 0.0, 0.0))
-                clipped.append(raw != applied)
-            else:
-                ratio, factor = entry
-                ratios.append((ratio * factor).nan_to_num(0.0, 0.0, 0.0))
-                clipped.append(factor < 1)
+            asked, applied = entry[:2]
+            clipped.append(asked != applied)
+            ratio = applied / entry[2] if len(entry) == 3 else applied
+            ratios.append(ratio.abs().nan_to_num(0.0, 0.0, 0.0))
         if not ratios:
             return 0.0, 0.0
         return float(torch.cat(ratios).mean()), float(torch.cat(clipped).double().mean())

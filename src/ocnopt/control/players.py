@@ -43,6 +43,17 @@ class Unowned:
     reason: str
 
 
+def _time_first(module: nn.Module) -> bool:
+    """Whether dimension 0 of a torch module's tensors is time by its own declaration."""
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        module = module.self_attn
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        return any(_time_first(layer) for layer in module.layers)
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return not module.batch_first
+    return False
+
+
 def find_players(model: nn.Module) -> tuple[list[Player], list[Unowned]]:
     """Split a model's trained parameters into players and the rest.
 
@@ -69,7 +80,7 @@ def find_players(model: nn.Module) -> tuple[list[Player], list[Unowned]]:
     time_first = {
         id(child): name
         for name, module in model.named_modules()
-        if getattr(module, "batch_first", True) is False
+        if _time_first(module)
         for child in module.modules()
     }
     players: list[Player] = []

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ocnopt.control.batch import Batch
-from ocnopt.control.bellman import pull_back, pull_back_joint
+from ocnopt.control.bellman import PROPORTIONAL, pull_back, pull_back_all, pull_back_joint
 from ocnopt.control.players import Player
+from ocnopt.control.trace import outer_norms
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params
 
@@ -29,6 +30,10 @@ class Mover(Protocol):
     """How a player's parameters move: the optimizer's side of a stage."""
 
     scale: float
+
+    @property
+    def plain(self) -> bool:
+        """Whether M = I."""
 
     def observe(
         self,
@@ -57,8 +62,8 @@ class Stage:
         mover: How its parameters move.
         bound: Bound on feedback relative to the open-loop term, or None.
         values: v and K at its output, per batch.
-        feedback: Per batch, at rank one (unbounded, applied, v); else (ratio to the open-loop
-            term, factor applied).
+        feedback: Per batch: what the policy asked for and what the bound let through, as ratios to
+            the open-loop term, or followed by the term itself.
         delta: The parameters' change.
     """
 
@@ -125,6 +130,8 @@ class Sweep:
 
     def backward(self) -> None:
         """Lines 6 to 13 of Algorithm 3: values and preconditioners, last player to first."""
+        if self._backward_together():
+            return
         values = [(batch.v, batch.k) for batch in self.batches]
         for position in range(len(self.stages) - 1, -1, -1):
             stage = self.stages[position]
@@ -132,8 +139,10 @@ class Sweep:
             mover = stage.mover
 
             def mean(stage: Stage = stage) -> Params:
-                if self.rule == "off":
-                    return stage.mover.base()
+                if all(
+                    v is batch.v for batch, (v, _) in zip(self.batches, stage.values, strict=True)
+                ):
+                    return stage.mover.base()  # the value is the cost's own gradient
                 coefficients = [
                     batch.signal_weights(v) - batch.baseline()
                     for batch, (v, _) in zip(self.batches, stage.values, strict=True)
@@ -157,6 +166,40 @@ class Sweep:
                 self._pull(batch, stage, metric, v, k)
                 for batch, (v, k) in zip(self.batches, values, strict=True)
             ]
+
+    def _backward_together(self) -> bool:
+        """All stages at once where M = I, samples have one location and the rank is one.
+
+        Small networks spend their time on the number of operations; this makes it independent of
+        the number of layers. Returns False where the stages are not of that kind.
+        """
+        if self.rule not in ("share", "sample") or len(self.batches) != 1:
+            return False
+        batch = self.batches[0]
+        traces = [batch.traces.get(stage.player) for stage in self.stages]
+        if (
+            batch.rank > 1
+            or not isinstance(batch.lift, float)
+            or not all(
+                stage.mover.plain and trace is not None and trace.single
+                for stage, trace in zip(self.stages, traces, strict=True)
+            )
+        ):
+            return False
+        metrics = [stage.mover.observe(stage.mover.base, _no_factors, 0) for stage in self.stages]
+        if len(traces) == 1:
+            self.stages[0].values = [(batch.v, batch.k)]
+            return True
+        later = [trace for trace in traces[1:] if trace is not None]
+        s = outer_norms(later, metrics[1:]).to(batch.v.dtype)  # (B, players after the first)
+        share: Tensor | float = 1.0
+        if self.rule == "share":
+            weights = [batch.weight * stage.mover.scale for stage in self.stages[1:]]
+            share = weights[0] if len(set(weights)) == 1 else s.new_tensor(weights)
+        values = pull_back_all(batch.v, batch.k, s * (share * batch.lift * batch.lift))
+        for stage, (v, k) in zip(self.stages, values, strict=True):
+            stage.values = [(v, k)]
+        return True
 
     def _pull(
         self, batch: Batch, stage: Stage, metric: Metric, v: Tensor, k: Tensor
@@ -209,36 +252,48 @@ class Sweep:
             rho: Per batch (B,) or (B, r); None where nothing has moved yet.
         """
         stage = self.stages[position]
-        coefficients = []
+        excess = []
         idle = True
         for i, batch in enumerate(self.batches):
             v, k = stage.values[i]
             moved = rho[i] if self.rollout != "off" else None
             if moved is None:
                 stage.feedback.append(None)
-                x = v
-                idle = idle and self.rule == "off"
+                excess.append(batch.signal_weights(v) - batch.baseline())
+                idle = idle and v is batch.v
+                continue
+            idle = False
+            if batch.rank == 1:
+                excess.append(self._feedback(stage, batch, v, k, moved))
             else:
-                applied = self._feedback(stage, i, v, k, moved)
-                x = v + applied
-                idle = False
-            coefficients.append(batch.signal_weights(x) - batch.baseline())
+                x = v + self._feedback_columns(stage, batch, v, k, moved)
+                excess.append(batch.signal_weights(x) - batch.baseline())
         base = stage.mover.base()
-        d = base if idle else self.weighted(stage, coefficients, base, stage.mover.scale)
+        d = base if idle else self.weighted(stage, excess, base, stage.mover.scale)
         stage.delta = stage.mover.move(d)
         return stage.delta
 
-    def _feedback(self, stage: Stage, i: int, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:
-        """``K rho``, bounded relative to the sample's open-loop term."""
-        if v.dim() == 1:
-            raw = applied = k * rho
-            if stage.bound is not None:
-                limit = v.abs() * stage.bound
-                applied = torch.clamp(raw, -limit, limit)
-            stage.feedback.append((raw, applied, v))
-            return applied
+    def _feedback(self, stage: Stage, batch: Batch, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:
+        """``v - 1 + clip(K rho)`` at rank one."""
+        bound = stage.bound
+        if self.rule in PROPORTIONAL:
+            # K / v is the terminal one at every player: the clipped ratio is a number per sample.
+            ratio = batch.k * rho
+            clipped = ratio if bound is None else ratio.clamp(-bound, bound)
+            stage.feedback.append((ratio, clipped))
+            return torch.addcmul(v - 1, v, clipped)
+        raw = applied = k * rho
+        if bound is not None:
+            limit = v.abs() * bound
+            applied = torch.clamp(raw, -limit, limit)
+        stage.feedback.append((raw, applied, v))
+        return v + (applied - 1)
+
+    def _feedback_columns(
+        self, stage: Stage, batch: Batch, v: Tensor, k: Tensor, rho: Tensor
+    ) -> Tensor:
+        """``K rho``, bounded relative to the sample's open-loop term, at rank r."""
         raw = (k @ rho.unsqueeze(-1)).squeeze(-1)
-        batch = self.batches[i]
         trace = batch.traces.get(stage.player)
         if trace is None:
             stage.feedback.append(None)
@@ -247,7 +302,7 @@ class Sweep:
         factor = torch.ones_like(ratio)
         if stage.bound is not None:
             factor = torch.where(ratio > stage.bound, stage.bound / ratio, factor)
-        stage.feedback.append((ratio, factor))
+        stage.feedback.append((ratio, ratio * factor))
         return raw * factor[:, None]
 
     def follow(self, position: int) -> None:
@@ -261,6 +316,10 @@ class Sweep:
             before = self.rho[i]
             self.rho[i] = moved if before is None else before + moved
         self.path.append(list(self.rho))
+
+
+def _no_factors() -> tuple[Tensor, Tensor]:
+    raise AssertionError("M = I asks for no factors")
 
 
 def _second_moment(x: Tensor) -> Tensor:

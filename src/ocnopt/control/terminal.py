@@ -98,11 +98,14 @@ class TerminalCost:
         """
         if isinstance(self.criterion, nn.CrossEntropyLoss):
             p, g, mass = _cross_entropy(self.criterion, call)
-            quad = mass * ((p * g * g).sum(-1) - (p * g).sum(-1).square())
-            square = g.square().sum(-1)
+            pg = p * g
+            quad = torch.linalg.vecdot(pg, g).sub_(pg.sum(-1).square_()).mul_(mass)
+            square = torch.linalg.vecdot(g, g)
         else:
             gradient, product = self._curvature(call, None)
             quad, square = gradient * product, gradient.square()
+        if quad.shape == (samples,):
+            return quad, square
         return quad.reshape(samples, -1).sum(-1), square.reshape(samples, -1).sum(-1)
 
     def columns(self, call: TerminalCall, samples: int) -> Iterator[Tensor]:
@@ -175,7 +178,7 @@ def _cross_entropy(
     ``mass (diag p - p p^T)`` with ``mass = sum_c q_c``.
 
     Returns:
-        p (rows, C), gradient (rows, C), mass (rows,); an ignored row has mass zero.
+        p (rows, C), gradient (rows, C), mass (rows,) or a number; an ignored row has mass zero.
     """
     logits = _classes_last(call.output)
     classes = logits.shape[-1]
@@ -184,6 +187,16 @@ def _cross_entropy(
     target: Tensor = call.args[0] if call.args else call.kwargs["target"]
     smoothing = criterion.label_smoothing
     weight = criterion.weight
+    if (
+        weight is None
+        and not smoothing
+        and target.device.type == "cpu"
+        and _plain(criterion, target)
+    ):
+        share = 1 / p.shape[0] if criterion.reduction == "mean" else 1.0
+        labels = target.reshape(-1, 1)
+        g = p.scatter_add(1, labels, p.new_full((1, 1), -1.0).expand_as(labels))
+        return p, g.mul_(share), torch.as_tensor(share, dtype=p.dtype)
     if target.is_floating_point():
         q = _classes_last(target).reshape(-1, classes).to(p.dtype)
         if smoothing:
@@ -209,6 +222,13 @@ def _cross_entropy(
         q = q / total
     mass = q.sum(-1)
     return p, mass.unsqueeze(-1) * p - q, mass
+
+
+def _plain(criterion: nn.CrossEntropyLoss, target: Tensor) -> bool:
+    """Whether all targets are labels and none is ignored."""
+    if target.is_floating_point() or criterion.ignore_index >= 0:
+        return False
+    return bool(target.min() >= 0)
 
 
 def _classes_last(x: Tensor) -> Tensor:

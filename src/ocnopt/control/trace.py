@@ -11,7 +11,7 @@ from ocnopt.curvature.metric import Metric
 from ocnopt.errors import RecordingError
 from ocnopt.layers.base import Params, sample_gram
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "outer_norms"]
 
 
 class Trace:
@@ -53,6 +53,8 @@ class Trace:
             self.folds.append(signal.shape[0] // samples)
         self.rank = self.columns[0].shape[0]
         self.gradients: Params | None = None
+        #: One call of a linear layer at one location per sample, so P_u = a (x) P_h.
+        self.single = len(uses) == 1 and self.features[0].dim() == 2 and layer.kind == "Linear"
         if len(uses) > 1 or layer.prefers_samples(self.features[0], self.columns[0][0]):
             self._form_gradients()
 
@@ -139,7 +141,7 @@ class Trace:
         for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
             moved = self.layer.apply(a, delta)
             if self.rank == 1 and fold == 1:
-                parts.append((moved * p[0]).flatten(1).sum(-1, keepdim=True))
+                parts.append(torch.linalg.vecdot(moved.flatten(1), p[0].flatten(1)).unsqueeze(-1))
             else:
                 products = (p * moved).reshape(self.rank, self.samples, -1).sum(-1)
                 parts.append(products.t())
@@ -197,3 +199,30 @@ class Trace:
             for out, part in ((rows, self.layer.rows(a)), (cols, self.layer.cols(signal))):
                 out.append(part.reshape(self.samples, -1, *part.shape[2:]))
         return torch.cat(rows, 1), torch.cat(cols, 1)
+
+
+def outer_norms(traces: list[Trace], metrics: list[Metric]) -> Tensor:
+    """``P_u^T Q_uu^-1 P_u`` of several single-location linear players with ``M = I``.
+
+    Args:
+        traces: T traces of rank one, one call at one location each.
+        metrics: Their metrics.
+
+    Returns:
+        (B, T), of the signals as recorded.
+    """
+    inputs = torch.stack([torch.linalg.vecdot(t.features[0], t.features[0]) for t in traces], 1)
+    signals = torch.stack(
+        [torch.linalg.vecdot(t.columns[0][0], t.columns[0][0]) for t in traces], 1
+    )
+    weights = [
+        m.rates[0] if t.layer.has_weight else 0.0 for t, m in zip(traces, metrics, strict=True)
+    ]
+    biases = [
+        m.rates[-1] if t.layer.has_bias else 0.0 for t, m in zip(traces, metrics, strict=True)
+    ]
+    rates = set(weights + biases)
+    if len(rates) == 1:
+        return (inputs + 1).mul_(signals).mul_(rates.pop())
+    grown = inputs * inputs.new_tensor(weights) + inputs.new_tensor(biases)
+    return grown.mul_(signals)

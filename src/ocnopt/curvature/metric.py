@@ -58,7 +58,7 @@ class Metric:
         """
         size: Tensor | float = self.rates[-1] if layer.has_bias else 0.0
         if layer.has_weight:
-            size = a.square().sum(-1).mul_(self.rates[0]).add_(size)[:, None, None]
+            size = torch.linalg.vecdot(a, a).mul_(self.rates[0]).add_(size)[:, None, None]
         return gram_of(columns, columns) * size
 
 
@@ -182,7 +182,7 @@ class Eigen(Metric):
 def gram_of(left: Tensor, right: Tensor) -> Tensor:
     """Gram matrices of columns (r, B, *) on the last dimension(s): (B, r, r)."""
     if left.shape[0] == 1:
-        return (left[0] * right[0]).flatten(1).sum(-1)[:, None, None]
+        return torch.linalg.vecdot(left[0].flatten(1), right[0].flatten(1))[:, None, None]
     return left.flatten(2).transpose(0, 1) @ right.flatten(2).permute(1, 2, 0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ocnopt.control.players import Player, Unowned, find_players
 from ocnopt.control.record import Recorder
 from ocnopt.curvature import Preconditioner, preconditioner
-from ocnopt.errors import NonFiniteError, OptionError
+from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes, sum_over
 
@@ -64,6 +64,17 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._built: dict[int, tuple[dict[str, Any], Preconditioner]] = {}
         super().__init__(resolve_groups(self.model, params), defaults)
         self._check_groups()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: the hooks belong to one model.
+
+        Raises:
+            OcnoptError: Always.
+        """
+        raise OcnoptError(
+            f"{type(self).__name__} cannot be copied or pickled, as it is tied to its model by "
+            "hooks; build a new one on the copied model and load_state_dict(old.state_dict())"
+        )
 
     # groups
 

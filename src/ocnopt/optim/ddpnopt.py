@@ -114,7 +114,14 @@ class FeedbackOptimizer(ModelOptimizer):
     def _step(self) -> None:
         recorder = self.recorder
         passes = recorder.take() if recorder is not None else []
-        self._require_finite([call.loss for p in passes for call in p.calls])
+        losses = [call.loss for p in passes for call in p.calls]
+        self._require_finite(losses)
+        if self.criterion is not None and passes and not losses:
+            raise RecordingError(
+                f"the criterion given to the optimizer ({type(self.criterion).__name__}) was not "
+                "called since the last step, so the cost's curvature and scale are unknown; call "
+                "that very module in the loop, or leave it out of the constructor"
+            )
         self._steps += 1
         measured = self.measure_every and self._steps % self.measure_every == 0
         group_of = self._group_of()

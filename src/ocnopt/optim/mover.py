@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocnopt.curvature import Observation, Preconditioner
+from ocnopt.curvature import Identity, Observation, Preconditioner
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers import Layer, Params
 
@@ -57,6 +57,11 @@ class ParamMover:
             else p.grad
             for p in params
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether M = I."""
+        return isinstance(self.preconditioner, Identity)
 
     def base(self) -> Params:
         """The gradient as the loop left it."""
