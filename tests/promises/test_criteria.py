@@ -91,12 +91,9 @@ def test_probability_targets_and_softmax_outside(terminal):
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_is_asked_of_loss_code_but_that_it_calls_the_module(name, terminal):
+@pytest.mark.parametrize("kind", ["identity", "adam", "ekfac"])
+def test_nothing_is_asked_of_loss_code_but_that_it_calls_the_module(kind, terminal):
     """Other terms in the loss (here a penalty on the weights) reach the weights as gradients."""
-    if not name.startswith("DDPNOpt"):
-        pytest.skip("has no terminal cost")
-    kind = name.removeprefix("DDPNOpt-")
     criterion = nn.CrossEntropyLoss()
     model = mlp()
     optimizer = ddpnopt(model, criterion, kind, terminal=terminal, feedback_clip=1e-12)
@@ -203,11 +200,11 @@ def test_two_heads_with_two_calls_are_one_criterion_of_both(name, terminal):
 
     def joint(out, y):
         a = F.cross_entropy(out[:, :3], y)
-        return a + 0.5 * F.cross_entropy(out[:, 3:], (y + 1) % 3)
+        return (a + 0.5 * F.cross_entropy(out[:, 3:], (y + 1) % 3)) / 1.5
 
+    # A sample's own cost is the weighted mean of its calls, the weights' sum a factor outside it.
     whole = ocnopt.Criterion(joint)
-    one = trained(make, whole, lambda pair, y: whole(torch.cat(pair, 1), y), model=heads())
-    # "matched" asks for the curvature along the gradient of all outputs together: the same.
+    one = trained(make, whole, lambda pair, y: 1.5 * whole(torch.cat(pair, 1), y), model=heads())
     assert_updates_close(weights(heads()), two, one, 1e-8)
 
 
