@@ -124,19 +124,26 @@ class Plain(nn.Module):
 def player_of(stage: nn.Module) -> nn.Module | None:
     """The module whose parameters the stage applies, None where it has none."""
     module = stage.module if isinstance(stage, Part) else stage
-    return module if any(True for _ in module.parameters()) else None
+    return module if controls(module) else None
+
+
+def controls(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What of a player is trained, by name; frozen parameters belong to the dynamics."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def parameter_vector(module: nn.Module) -> Tensor:
-    """u: all parameters of a player behind each other."""
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    """u: all trained parameters of a player behind each other."""
+    return torch.cat([p.detach().reshape(-1) for p in controls(module).values()])
 
 
 def split_vector(module: nn.Module, u: Tensor) -> dict[str, Tensor]:
     """The inverse of :func:`parameter_vector`, by name."""
-    named = list(module.named_parameters())
-    pieces = u.split([p.numel() for _, p in named])
-    return {name: piece.reshape(p.shape) for (name, p), piece in zip(named, pieces, strict=True)}
+    named = controls(module)
+    pieces = u.split([p.numel() for p in named.values()])
+    return {
+        name: piece.reshape(p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)
+    }
 
 
 def run_stage(stage: nn.Module, state: Tensor, u: Tensor | None) -> Tensor:
@@ -430,7 +437,7 @@ def ddp_step(
             u_new = Curvature(o, memory[k]).new_control(u, record.M, d)
             du = u_new - u
             for name, value in split_vector(player, u_new).items():
-                new[dict(player.named_parameters())[name]] = value
+                new[controls(player)[name]] = value
         if o.rollout == "linear":
             dx = [
                 r.f_x @ e + (r.f_u @ du if du is not None else 0.0)
@@ -564,12 +571,12 @@ def graph_step(
         K.append(curvature)
         v.append(torch.eye(columns.shape[1], dtype=dtype)[0])
         for t, player in enumerate(players):
-            sources = list(player.parameters()) + seen[t]
+            sources = [*controls(player).values(), *seen[t]]
             per_column = [
                 torch.autograd.grad(output.reshape(-1), sources, column, retain_graph=True)
                 for column in columns.T
             ]
-            count = len(list(player.parameters()))
+            count = len(controls(player))
             P_u[t].append(
                 torch.stack(
                     [torch.cat([g.reshape(-1) for g in gs[:count]]) for gs in per_column], dim=1
@@ -651,7 +658,7 @@ def graph_step(
         u = parameter_vector(player)
         u_new = Curvature(o, memory[t]).new_control(u, M[t], d)
         for name, value in split_vector(player, u_new).items():
-            parameter = dict(player.named_parameters())[name]
+            parameter = controls(player)[name]
             new[parameter] = value
             delta[names[parameter]] = value - parameter.detach()
     return GraphResult(new, delta, v_after, K_after, rho, scale)

@@ -24,12 +24,12 @@ CLIP = {"identity": 0.02, "rmsprop": 0.004, "adam": 0.004, "kfac": 0.02, "ekfac"
 
 
 def players_in_call_order(model: nn.Module, x: Tensor) -> list[nn.Module]:
-    """The modules with parameters of their own, each at its first call."""
+    """The modules with trained parameters of their own, each at its first call."""
     called: list[nn.Module] = []
     handles = [
         module.register_forward_hook(lambda module, _inputs, _output: called.append(module))
         for module in model.modules()
-        if any(True for _ in module.parameters(recurse=False))
+        if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
     model(x)
     for handle in handles:

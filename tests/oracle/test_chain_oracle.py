@@ -136,6 +136,19 @@ def test_the_first_factors_are_the_batch_s(preconditioner):
     comparison.assert_same_step(case, actual, expected.new)
 
 
+@pytest.mark.parametrize("parts", ([2, 1], [1, 1, 1]))
+@pytest.mark.parametrize("preconditioner", cases.PRECONDITIONERS)
+@pytest.mark.parametrize("terminal", ("matched", "gauss-newton"))
+def test_accumulation(terminal, preconditioner, parts):
+    """Pieces of a batch, each with its share of the loss, make the whole batch's step."""
+    for bellman in ("share", "joint"):
+        options = cases.options_for(preconditioner, terminal=terminal, bellman=bellman)
+        case = fc_case()
+        expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+        actual = comparison.package_step(case, options, parts=parts)
+        comparison.assert_same_step(case, actual, expected.new)
+
+
 def test_a_batch_of_one():
     """share == sample when the sample is the batch."""
     case = cases.fc_chain()

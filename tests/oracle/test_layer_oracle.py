@@ -26,6 +26,12 @@ class Sandwich(nn.Module):
         return self.head(torch.tanh(self.layer(value)).flatten(1))
 
 
+def frozen(layer: nn.Module, name: str) -> nn.Module:
+    """The layer with one parameter that is not trained."""
+    layer.get_parameter(name).requires_grad_(False)
+    return layer
+
+
 LAYERS = {
     "Linear on sequences": lambda: (nn.Linear(3, 3), nn.Linear(3, 2), 8, (3, 4, 3)),
     "Linear on a grid": lambda: (nn.Linear(2, 2), nn.Linear(2, 2), 12, (3, 2, 3, 2)),
@@ -56,6 +62,23 @@ LAYERS = {
         18,
         (3, 1, 3, 3),
     ),
+    "Conv2d, wide": lambda: (nn.Conv2d(1, 8, 1), nn.Conv2d(8, 10, 2), 20, (3, 1, 2, 3)),
+    "Conv2d, wide, grouped": lambda: (
+        nn.Conv2d(1, 8, 1),
+        nn.Conv2d(8, 12, 2, groups=2),
+        24,
+        (3, 1, 2, 3),
+    ),
+    "Linear, wide": lambda: (nn.Linear(2, 12), nn.Linear(12, 11), 22, (3, 2, 2)),
+    "frozen weight": lambda: (nn.Linear(3, 3), frozen(nn.Linear(3, 4), "weight"), 4, (3, 3)),
+    "frozen bias": lambda: (nn.Linear(3, 3), frozen(nn.Linear(3, 4), "bias"), 4, (3, 3)),
+    "frozen kernel": lambda: (
+        nn.Conv2d(2, 2, 1),
+        frozen(nn.Conv2d(2, 3, 3, stride=2, padding=(1, 2), dilation=(2, 1)), "weight"),
+        18,
+        (3, 2, 6, 4),
+    ),
+    "frozen shift": lambda: (nn.Linear(4, 4), frozen(nn.LayerNorm(4), "bias"), 4, (3, 4)),
     "Conv3d": lambda: (nn.Conv3d(1, 1, 1), nn.Conv3d(1, 2, 2), 16, (3, 1, 3, 3, 3)),
     "LayerNorm": lambda: (nn.Linear(4, 4), nn.LayerNorm(4), 4, (3, 4)),
     "LayerNorm on sequences": lambda: (nn.Linear(4, 4), nn.LayerNorm(4), 12, (3, 3, 4)),
@@ -65,7 +88,14 @@ LAYERS = {
     "Embedding with padding": lambda: (None, nn.Embedding(5, 2, padding_idx=1), 8, 5),
 }
 # Kinds whose Kronecker factors are specified: one location axis and ungrouped.
-FACTORED = ("Linear on sequences", "Linear without bias", "Linear on a grid")
+FACTORED = (
+    "Linear on sequences",
+    "Linear without bias",
+    "Linear on a grid",
+    "Linear, wide",
+    "Conv2d, dilated",
+    "Conv2d, wide",
+)
 
 
 @functools.cache

@@ -138,7 +138,7 @@ def test_an_update_that_overflows(name):
 def test_large_but_finite(name):
     """Entries whose sum overflows are finite all the same."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
     criterion = ocnopt.Criterion(lambda out: out.sum() * 0)
     optimizer = OPTIMIZERS[name](model, criterion)
     with torch.no_grad():

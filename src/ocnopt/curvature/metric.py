@@ -182,7 +182,8 @@ class Eigen(Metric):
 def gram_of(left: Tensor, right: Tensor) -> Tensor:
     """Gram matrices of columns (r, B, *) on the last dimension(s): (B, r, r)."""
     if left.shape[0] == 1:
-        return torch.linalg.vecdot(left[0].flatten(1), right[0].flatten(1))[:, None, None]
+        dots: Tensor = torch.linalg.vecdot(left[0].flatten(1), right[0].flatten(1))
+        return dots[:, None, None]
     return left.flatten(2).transpose(0, 1) @ right.flatten(2).permute(1, 2, 0)
 
 
