@@ -1,0 +1,169 @@
+"""Two processes with half a batch each take the step of one with the whole batch."""
+
+import copy
+import datetime
+import os
+import pickle
+import socket
+
+import ocnopt
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+NAMES = ("identity", "rmsprop", "adam", "kfac", "ekfac")
+CASES = [
+    *((name, bellman, "linear", "ddp") for name in NAMES for bellman in ("share", "joint")),
+    ("identity", "sample", "linear", "raw"),
+    ("identity", "share", "linear", "raw"),
+    ("kfac", "share", "linear", "raw"),
+    ("identity", "off", "linear", "ddp"),
+    ("adam", "share", "nonlinear", "ddp"),
+    ("KFAC", None, None, "ddp"),
+    ("EKFAC", None, None, "raw"),
+]
+STEPS = 3
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+
+
+def batch_of(i):
+    g = torch.Generator().manual_seed(i)
+    return (
+        torch.randn(12, 5, generator=g, dtype=torch.float64),
+        torch.randint(3, (12,), generator=g),
+    )
+
+
+def optimizer_of(case, model, criterion):
+    name, bellman, rollout, _ = case
+    if name in ("KFAC", "EKFAC"):
+        return getattr(ocnopt, name)(model, criterion, lr=0.02, damping=0.1, update_every=2)
+    rule = {
+        "identity": ocnopt.curvature.Identity,
+        "rmsprop": lambda: ocnopt.curvature.RMSprop(eps=1e-3),
+        "adam": lambda: ocnopt.curvature.Adam(eps=1e-3),
+        "kfac": lambda: ocnopt.curvature.KFAC(damping=0.1, update_every=2),
+        "ekfac": lambda: ocnopt.curvature.EKFAC(damping=0.1, update_every=2),
+    }[name]()
+    lr = 0.1 if name == "identity" else 0.01
+    return ocnopt.DDPNOpt(
+        model, criterion, lr=lr, preconditioner=rule, bellman=bellman, rollout=rollout
+    )
+
+
+def train(case, rank, world, clip=None):
+    """Weights after a few steps; ``world`` 0 stands for a run without processes."""
+    model = model_of()
+    criterion = nn.CrossEntropyLoss()
+    net = model
+    if world and case[3] == "ddp":
+        net = nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(case, net, criterion)
+    if world and case[3] == "raw":
+        net = nn.parallel.DistributedDataParallel(model)
+    for i in range(STEPS):
+        x, y = batch_of(i)
+        if world:
+            x, y = x.chunk(world)[rank], y.chunk(world)[rank]
+        optimizer.zero_grad()
+        criterion(net(x), y).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    share = optimizer.diagnostics.total.feedback_share
+    return {n: p.detach().numpy() for n, p in model.named_parameters()}, share
+
+
+def bad_rank(rank):
+    """One process alone meets a NaN; all of them must refuse the step."""
+    model = model_of()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch_of(0)
+    if rank == 1:
+        x[0, 0] = float("nan")
+    criterion(model(x), y).backward()
+    try:
+        optimizer.step()
+    except ocnopt.NonFiniteError:
+        return all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    return False
+
+
+def work(rank, world, port, path):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+    )
+    results = {}
+    for case in [*CASES, "clipped", "bad"]:
+        try:
+            if case == "bad":
+                results[case] = bad_rank(rank)
+            elif case == "clipped":
+                results[case] = train(CASES[0], rank, world, clip=0.1)
+            else:
+                results[case] = train(case, rank, world)
+        except Exception as error:  # each case reports for itself
+            results[case] = repr(error)
+        with open(f"{path}.{rank}", "wb") as file:
+            pickle.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("parallel") / "result")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    failure = None
+    try:
+        mp.start_processes(work, (2, port, path), nprocs=2, start_method="fork")
+    except Exception as error:  # whatever was finished before it is still compared
+        failure = error
+    found = []
+    for rank in range(2):
+        with open(f"{path}.{rank}", "rb") as file:
+            found.append(pickle.load(file))
+    return found, failure
+
+
+def compare(results, key, case, clip=None):
+    found, failure = results
+    assert failure is None or key in found[0], failure
+    expected, share = train(case, 0, 0, clip)
+    start = {n: p.detach().numpy() for n, p in model_of().named_parameters()}
+    for entry in (found[0][key], found[1][key]):
+        assert not isinstance(entry, str), entry
+        mine, own_share = entry
+        for n, p in expected.items():
+            size = abs(p - start[n]).max()
+            assert abs(mine[n] - p).max() <= 1e-9 * size, n
+        if case[0] in NAMES:
+            assert share > 1e-4 and own_share > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_halves_equal_the_whole(results, case):
+    compare(results, case, case)
+
+
+def test_with_clipping(results):
+    compare(results, "clipped", CASES[0], clip=0.1)
+
+
+def test_one_bad_process_stops_all(results):
+    found, _ = results
+    assert found[0]["bad"] is True and found[1]["bad"] is True

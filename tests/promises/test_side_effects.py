@@ -1,0 +1,246 @@
+"""What the loop does besides training leaves nothing behind and disturbs nothing."""
+
+import gc
+import weakref
+
+import ocnopt
+import pytest
+import torch
+from promises.conformance import (
+    OPTIMIZERS,
+    assert_feedback_active,
+    assert_updates_close,
+    assert_weights_equal,
+    batch,
+    mlp,
+    run,
+    step,
+    weights,
+)
+from torch import nn
+
+
+def twins(name, **options):
+    """Two equal runs, one of which will be disturbed."""
+    made = []
+    for _ in range(2):
+        model, criterion = mlp(), nn.CrossEntropyLoss()
+        optimizer = OPTIMIZERS[name](model, criterion, **options)
+        run(model, optimizer, 1, criterion)
+        made.append((model, criterion, optimizer))
+    return made
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize("what", ["no_grad", "inference", "eval", "undifferentiated", "other loss"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_forwards_that_are_not_trained_on(name, what, when):
+    (model, criterion, optimizer), (plain, own, reference) = twins(name)
+    a, b = batch(5, seed=8)
+
+    def disturb():
+        if what == "no_grad":
+            with torch.no_grad():
+                criterion(model(a), b)
+        elif what == "inference":
+            with torch.inference_mode():
+                criterion(model(a), b)
+        elif what == "eval":
+            model.eval()
+            with torch.no_grad():
+                model(a)
+            model.train()
+        elif what == "undifferentiated":
+            model(a)
+        else:
+            criterion(model(a), b)
+
+    x, y = batch(seed=2)
+    optimizer.zero_grad()
+    if when == "before":
+        disturb()
+    loss = criterion(model(x), y)
+    if when == "between":
+        disturb()
+    loss.backward()
+    if when == "after":
+        disturb()
+    optimizer.step()
+    step(plain, reference, own, x, y)
+    if name.startswith("DDPNOpt"):
+        assert_feedback_active(optimizer)
+    assert_weights_equal(model, plain)
+
+
+class Spy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.refs = []
+
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x)
+            self.refs.append(weakref.ref(x))
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"terminal": "gauss-newton"}], ids=["rank1", "rankr"])
+@pytest.mark.parametrize("calls", ["model", "criterion"])
+@pytest.mark.parametrize("name", ["DDPNOpt-identity", "DDPNOpt-kfac"])
+def test_a_pass_never_differentiated_is_freed(name, calls, options):
+    model = Spy()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion, **options)
+    x, y = batch()
+    out = model(x)
+    loss = criterion(out, y) if calls == "criterion" else None
+    inner = model.refs[:-1]
+    del out, loss
+    if options:
+        # Edges of the graph are kept for a second call of the criterion, until it cannot come.
+        optimizer.zero_grad()
+    gc.collect()
+    alive = [i for i, r in enumerate(inner) if r() is not None]
+    assert not alive, alive
+    step(model, optimizer, criterion, x, y)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_is_kept_after_the_step(name):
+    model = Spy()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    x, y = batch()
+    step(model, optimizer, criterion, x, y)
+    gc.collect()
+    assert not [i for i, r in enumerate(model.refs) if r() is not None]
+
+
+@pytest.mark.parametrize("probe", ["input", "output", "weights", "penalty graph", "columns"])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        *((name, {}) for name in OPTIMIZERS),
+        ("DDPNOpt-identity", {"rollout": "nonlinear"}),
+        ("DDPNOpt-identity", {"terminal": "gauss-newton"}),
+    ],
+    ids=str,
+)
+def test_gradients_the_user_asks_for(name, options, probe):
+    """``torch.autograd.grad`` between forward and backward is none of the optimizer's business."""
+    (model, criterion, optimizer), (plain, own, reference) = twins(name, **options)
+    x, y = batch(seed=2)
+    optimizer.zero_grad()
+    x_in = x.clone().requires_grad_(probe in ("input", "penalty graph"))
+    out = model(x_in)
+    loss = criterion(out, y)
+    if probe == "input":
+        torch.autograd.grad(loss, x_in, retain_graph=True)
+    elif probe == "output":
+        torch.autograd.grad(loss, out, retain_graph=True)
+    elif probe == "weights":
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    elif probe == "penalty graph":
+        torch.autograd.grad(loss, x_in, create_graph=True)
+    else:
+        for i in range(3):
+            torch.autograd.grad(out[:, i].sum(), model[0].weight, retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    step(plain, reference, own, x, y)
+    if name.startswith("DDPNOpt"):
+        assert_feedback_active(optimizer)
+    assert_updates_close(weights(mlp()), model, plain, 1e-11)
+
+
+@pytest.mark.parametrize("terminal", ["matched", "outer-product", "gauss-newton"])
+@pytest.mark.parametrize("bellman", ["share", "joint"])
+@pytest.mark.parametrize("name", ["identity", "adam", "kfac", "ekfac"])
+def test_backward_twice_adds_up(name, bellman, terminal):
+    """Twice through a retained graph is once through twice the loss."""
+    options = {"bellman": bellman, "terminal": terminal}
+    (model, criterion, optimizer), (plain, own, reference) = twins(f"DDPNOpt-{name}", **options)
+    start = weights(model)
+    x, y = batch(seed=2)
+    optimizer.zero_grad()
+    loss = criterion(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert_feedback_active(optimizer)
+    reference.zero_grad()
+    (2 * own(plain(x), y)).backward()
+    reference.step()
+    assert_updates_close(start, model, plain, 1e-10)
+
+
+def test_gradient_penalty_trains():
+    """A loss that holds a gradient itself (double backward) still steps, feedback or not."""
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1)
+    x, y = batch()
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        x_in = x.clone().requires_grad_()
+        loss = criterion(model(x_in), y)
+        (slope,) = torch.autograd.grad(loss, x_in, create_graph=True)
+        total = loss + 0.1 * slope.square().sum()
+        total.backward()
+        optimizer.step()
+        losses.append(float(total.detach()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step_without_gradients_does_nothing(name):
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion, weight_decay=0.1)
+    before = weights(model)
+    optimizer.step()
+    assert_weights_equal(before, model)
+    run(model, optimizer, 1, criterion)
+    before = weights(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_weights_equal(before, model)
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n.startswith("DDPNOpt")])
+def test_step_twice_without_a_new_pass_is_refused(name):
+    """The gradients are still there but what led to them is used up."""
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    run(model, optimizer, 1, criterion)
+    before = weights(model)
+    with pytest.raises(ocnopt.RecordingError):
+        optimizer.step()
+    assert_weights_equal(before, model)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_activation_checkpointing(name):
+    """Layers that run again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Saving(nn.Module):
+        def __init__(self, on):
+            super().__init__()
+            self.body, self.on = mlp(), on
+
+        def forward(self, x):
+            x = self.body[:2](x)
+            x = checkpoint(self.body[2:4], x, use_reentrant=False) if self.on else self.body[2:4](x)
+            return self.body[4](x)
+
+    ended = []
+    for on in (True, False):
+        model, criterion = Saving(on), nn.CrossEntropyLoss()
+        optimizer = OPTIMIZERS[name](model, criterion)
+        run(model, optimizer, 3, criterion)
+        if name.startswith("DDPNOpt"):
+            assert_feedback_active(optimizer)
+        ended.append(model)
+    start = weights(Saving(False))
+    assert_updates_close(start, ended[0], ended[1], 1e-11)
