@@ -106,6 +106,38 @@ def test_a_pass_never_differentiated_is_freed(name, calls, options):
     step(model, optimizer, criterion, x, y)
 
 
+@pytest.mark.parametrize("where", ["before loss", "before backward", "after step"])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        *((name, {}) for name in OPTIMIZERS),
+        ("DDPNOpt-identity", {"terminal": "gauss-newton"}),
+        ("DDPNOpt-identity", {"rollout": "nonlinear"}),
+    ],
+    ids=str,
+)
+def test_zero_grad_anywhere(name, options, where):
+    """Loops differ in where they call it; any place before backward or after step is the same."""
+    (model, criterion, optimizer), (plain, own, reference) = twins(name, **options)
+    optimizer.zero_grad()
+    for i in (2, 3):
+        x, y = batch(seed=i)
+        out = model(x)
+        if where == "before loss":
+            optimizer.zero_grad()
+        loss = criterion(out, y)
+        if where == "before backward":
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if where == "after step":
+            optimizer.zero_grad()
+        step(plain, reference, own, x, y)
+    if name.startswith("DDPNOpt"):
+        assert_feedback_active(optimizer)
+    assert_weights_equal(model, plain)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_is_kept_after_the_step(name):
     model = Spy()
