@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from ocnopt import control, curvature, errors, layers, optim
-from ocnopt.control.terminal import Criterion
-from ocnopt.errors import (
-    GraphError,
-    NonFiniteError,
-    OcnoptError,
-    OptionError,
-    RecordingError,
-)
-from ocnopt.optim import EKFAC, KFAC, DDPNOpt
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ocnopt import control, curvature, errors, layers, optim
+    from ocnopt.control.terminal import Criterion
+    from ocnopt.errors import (
+        GraphError,
+        NonFiniteError,
+        OcnoptError,
+        OptionError,
+        RecordingError,
+    )
+    from ocnopt.optim import EKFAC, KFAC, DDPNOpt
 
 __version__ = "0.1.0"
 
@@ -33,6 +37,35 @@ __all__ = [
     "layers",
     "optim",
 ]
+
+# Public names by the module they live in. They are imported when first asked for: the command
+# line is part of this package, and its help must not wait for torch.
+_SUBPACKAGES = frozenset({"control", "curvature", "errors", "layers", "optim"})
+_HOMES = {
+    "Criterion": "ocnopt.control.terminal",
+    "DDPNOpt": "ocnopt.optim",
+    "EKFAC": "ocnopt.optim",
+    "GraphError": "ocnopt.errors",
+    "KFAC": "ocnopt.optim",
+    "NonFiniteError": "ocnopt.errors",
+    "OcnoptError": "ocnopt.errors",
+    "OptionError": "ocnopt.errors",
+    "RecordingError": "ocnopt.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"ocnopt.{name}")
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ocnopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def citation() -> str:

@@ -24,7 +24,34 @@ from ocnopt.control.terminal import TerminalCost
 if TYPE_CHECKING:
     from ocnopt.control.tape import Tape
 
-__all__ = ["Pass", "Recorder", "TerminalCall", "Use", "count_samples"]
+__all__ = ["Pass", "Recorder", "TerminalCall", "Use", "count_samples", "sample_of"]
+
+#: Entries of a gradient that are kept to see how the loop rescaled it.
+SAMPLE = 256
+
+
+class Arrivals:
+    """Gradients that reached a tensor, by the backward pass that brought them.
+
+    A user's own ``torch.autograd.grad`` passes the same tensors as the ``backward`` that fills
+    ``.grad``; only the latter counts, and which one it was is known when it is over.
+    """
+
+    __slots__ = ("grads",)
+
+    def __init__(self) -> None:
+        self.grads: list[tuple[int, Tensor]] = []
+
+    def __call__(self, grad: Tensor) -> None:
+        self.grads.append((torch._C._current_graph_task_id(), grad.detach()))
+
+    def total(self, tasks: set[int]) -> Tensor | None:
+        """Sum of what the given backward passes brought."""
+        found: Tensor | None = None
+        for task, grad in self.grads:
+            if task in tasks:
+                found = grad if found is None else found + grad
+        return found
 
 
 class HasColumns(Protocol):
@@ -82,7 +109,8 @@ class TerminalCall:
         args: Its further arguments.
         kwargs: Its keyword arguments.
         loss: The loss, detached.
-        scale: d(total)/d(loss), once known: 1, or 1/k where the loss was divided by k.
+        scale: d(total)/d(loss): 1, or 1/k where the loss was divided by k; None where the loss
+            took no part in the gradients.
     """
 
     def __init__(
@@ -93,11 +121,7 @@ class TerminalCall:
         self.kwargs = kwargs
         self.loss = loss
         self.scale: Tensor | None = None
-
-    def scaled(self, grad: Tensor) -> None:
-        """Hook of the loss."""
-        grad = grad.detach()
-        self.scale = grad if self.scale is None else self.scale + grad
+        self.arrivals = Arrivals()
 
 
 class Pass:
@@ -110,6 +134,16 @@ class Pass:
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.tape: Tape | None = None
         self.forwards = 0
+        #: Backward passes that accumulated gradients.
+        self.tasks: set[int] = set()
+
+    def settle(self) -> None:
+        """Add up what the backward passes that count have brought."""
+        for call in self.calls:
+            call.scale = call.arrivals.total(self.tasks)
+        if self.tape is not None:
+            for edge in self.tape.edges:
+                edge.signal = edge.arrivals.total(self.tasks)
 
     def uses(self) -> dict[Player, list[Use]]:
         """Calls whose gradient arrived, per player, players in the order of their first call."""
@@ -195,8 +229,8 @@ class Recorder:
         self.active = True
         self.passes: list[Pass] = []
         self.current: Pass | None = None
-        self.grad_seen: dict[int, tuple[int, int]] = {}
-        self.last_seen: set[int] = set()
+        #: A few entries of one gradient per player, as autograd accumulated them.
+        self.samples: list[Tensor | None] = [None] * len(players)
         self._order = 0
         self._pending: list[list[Use]] = [[] for _ in players]
         self._handles: list[Any] = [
@@ -279,7 +313,7 @@ class Recorder:
             return
         call = TerminalCall(output.detach(), args, kwargs, loss.detach())
         current.calls.append(call)
-        loss.register_hook(call.scaled)
+        loss.register_hook(call.arrivals)
         if current.tape is not None:
             current.edges.extend(current.tape.new_edges)
             current.tape.new_edges = []
@@ -319,9 +353,8 @@ class Recorder:
 
     def commit(self, index: int, param: Tensor) -> None:
         """A player's parameter accumulated its gradient: what it received counts."""
-        grad = param.grad
-        assert grad is not None
-        self.grad_seen[id(param)] = (id(grad), grad._version)
+        if param is self.players[index].params[-1]:
+            self.samples[index] = sample_of(param)
         waiting = self._pending[index]
         if not waiting:
             return
@@ -332,6 +365,7 @@ class Recorder:
                 use.pending = None
                 continue
             owner = use.owner
+            owner.tasks.add(task)
             if use.signal is None:
                 use.signal = use.pending
                 owner.received.append(use)
@@ -347,6 +381,8 @@ class Recorder:
         """The passes recorded since the last call, which are then forgotten."""
         taken = self.passes
         self.clear()
+        for recorded in taken:
+            recorded.settle()
         return taken
 
     def clear(self) -> None:
@@ -355,10 +391,15 @@ class Recorder:
         self.current = None
         self._pending = [[] for _ in self.players]
 
-    def touched(self, param: Tensor) -> bool:
-        """Whether a gradient was changed since autograd accumulated it (clipping, unscaling)."""
-        grad = param.grad
-        return grad is not None and self.grad_seen.get(id(param)) != (id(grad), grad._version)
+
+def sample_of(param: Tensor) -> Tensor:
+    """At most :data:`SAMPLE` entries of a parameter's gradient, copied."""
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
+    flat = grad.reshape(-1)
+    return flat[:: -(-flat.numel() // SAMPLE)].clone() if flat.numel() > SAMPLE else flat.clone()
 
 
 class _Receiver:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ __all__ = ["Stage", "Sweep"]
 class Mover(Protocol):
     """How a player's parameters move: the optimizer's side of a stage."""
 
+    params: list[Tensor]
+    states: list[dict[str, Any]]
     scale: float
+    report: dict[str, float]
 
     @property
     def plain(self) -> bool:

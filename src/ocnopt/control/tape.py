@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.batch import Batch
 from ocnopt.control.players import Player
+from ocnopt.control.record import Arrivals
 from ocnopt.errors import GraphError
 
 __all__ = ["Replay", "Tape"]
@@ -39,7 +40,7 @@ class Edge:
         columns: Terminal columns through this use alone.
     """
 
-    __slots__ = ("born", "columns", "consumed", "number", "signal", "value", "version")
+    __slots__ = ("arrivals", "born", "columns", "consumed", "number", "signal", "value", "version")
 
     def __init__(self, number: int, born: int, consumed: int, value: Tensor) -> None:
         self.number = number
@@ -48,12 +49,8 @@ class Edge:
         self.value = value.detach()
         self.version = value._version
         self.signal: Tensor | None = None
+        self.arrivals = Arrivals()
         self.columns: list[Tensor | None] = []
-
-    def receive(self, grad: Tensor) -> None:
-        """Tensor hook."""
-        grad = grad.detach()
-        self.signal = grad if self.signal is None else self.signal + grad
 
 
 class _Watch(TorchFunctionMode):
@@ -175,7 +172,7 @@ class Tape:
         alias = x.view_as(x)
         if self.columns:
             self.new_edges.append((edge, get_gradient_edge(alias)))
-        alias.register_hook(edge.receive)
+        alias.register_hook(edge.arrivals)
         return alias
 
     def rho(self, position: int, batch: Batch) -> Tensor | None:

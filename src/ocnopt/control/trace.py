@@ -99,31 +99,6 @@ class Trace:
             base = self.layer.add_gradient(base, a, signal, scale)
         return base
 
-    def remake(self, which: int, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """One parameter's gradient as autograd made it, and the size of what was added up.
-
-        Args:
-            which: Index of the parameter.
-            coefficients: Those at which the weighted sum is the ordinary gradient.
-
-        Returns:
-            The gradient, and the sum of the squared norms of the terms, a scalar.
-        """
-        layer = self.layer.only(which)
-        shape = self.player.params[which].shape
-        if self.gradients is not None:
-            terms = self.gradients[which]
-            flat = coefficients.to(terms.dtype).flatten()
-            made = (terms.reshape(flat.numel(), -1).t() @ flat).view(shape)
-            return made, terms.square().sum()
-        made = torch.zeros_like(self.player.params[which])
-        gross = made.new_zeros(())
-        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
-            signal = self._spread(coefficients, p, fold)
-            made = made + layer.gradient(a, signal)[0]
-            gross = gross + signal.square().sum()
-        return made, gross
-
     def dots(self, delta: Params) -> Tensor:
         """``P_u^(i)T delta``: how the cost directions move if the player moves by ``delta``.
 

@@ -42,7 +42,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Preconditioner(ABC):
-    """Options of a preconditioner; its state lives in the optimizer, so it can be shared."""
+    """Options of a preconditioner; its state lives in the optimizer, so it can be shared.
+
+    A step that fails must leave the state as it was: the states handed over are shallow copies,
+    and their tensors are replaced, never written into.
+    """
 
     name: ClassVar[str]
     #: Weight decay enters the gradient before M (as torch's optimizers do) or is added after it.

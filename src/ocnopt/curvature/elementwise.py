@@ -53,9 +53,10 @@ class RMSprop(Preconditioner):
         for state, q in zip(seen.states, mean, strict=True):
             if "square_avg" not in state:
                 state["square_avg"] = torch.zeros_like(q)
-        squares = [state["square_avg"] for state in seen.states]
-        torch._foreach_mul_(squares, self.decay)
+        squares = torch._foreach_mul([s["square_avg"] for s in seen.states], self.decay)
         torch._foreach_addcmul_(squares, mean, mean, value=1 - self.decay)
+        for state, square in zip(seen.states, squares, strict=True):
+            state["square_avg"] = square
         scales = torch._foreach_sqrt(squares)
         torch._foreach_add_(scales, self.eps)
         return Diagonal(seen.rates, tuple(scales))
@@ -99,7 +100,8 @@ class Adam(Preconditioner):
                 state["exp_avg"] = torch.zeros_like(q)
                 state["step"] = 0
             state["step"] += 1
-            square = state["exp_avg_sq"].mul_(beta).addcmul_(q, q, value=1 - beta)
+            square = torch.mul(state["exp_avg_sq"], beta).addcmul_(q, q, value=1 - beta)
+            state["exp_avg_sq"] = square
             correction = float((1 - beta ** state["step"]) ** 0.5)
             scales.append((square.sqrt() / correction).add_(self.eps))
         return Diagonal(seen.rates, tuple(scales))
@@ -110,6 +112,6 @@ class Adam(Preconditioner):
         out = []
         assert isinstance(metric, Diagonal)
         for state, part, scale in zip(seen.states, d, metric.scales, strict=True):
-            average = state["exp_avg"].lerp_(part, 1 - beta)
+            average = state["exp_avg"] = torch.lerp(state["exp_avg"], part, 1 - beta)
             out.append((average / scale).mul_(1 / (1 - beta ** state["step"])))
         return tuple(out)

@@ -129,7 +129,7 @@ class EKFAC(_Factored):
         metric = Eigen(seen.rates, seen.layer, state["U_A"], state["U_B"], state["m2"])
         if self.eigen_decay < 1:
             turned = metric.rotate(seen.mean())
-            state["m2"].mul_(self.eigen_decay).addcmul_(
+            state["m2"] = torch.mul(state["m2"], self.eigen_decay).addcmul_(
                 turned, turned, value=(1 - self.eigen_decay) * seen.samples
             )
         metric.scales = state["m2"] + self.damping

@@ -7,8 +7,6 @@ the terminal factor. A layer's parameters travel as a tuple aligned with :attr:`
 
 from __future__ import annotations
 
-import copy
-import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from ocnopt.curvature.metric import Metric
 
 Params = tuple[Tensor, ...]
@@ -54,18 +50,6 @@ class Layer(ABC):
         self.has_bias = "bias" in names
         self.shapes = tuple(tuple(getattr(module, name).shape) for name in names)
         self.numel = sum(getattr(module, name).numel() for name in names)
-
-    def only(self, which: int) -> Self:
-        """The same layer, owning one of its parameters alone."""
-        if len(self.names) == 1:
-            return self
-        part = copy.copy(self)
-        part.names = (self.names[which],)
-        part.has_weight = "weight" in part.names
-        part.has_bias = "bias" in part.names
-        part.shapes = (self.shapes[which],)
-        part.numel = math.prod(self.shapes[which])
-        return part
 
     @classmethod
     def refuse(cls, module: nn.Module) -> str | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 
 from ocnopt.control.players import Player, Unowned, find_players
 from ocnopt.control.record import Recorder
+from ocnopt.control.sweep import Mover
 from ocnopt.curvature import Preconditioner, preconditioner
 from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
+from ocnopt.layers import Params
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes, sum_over
 
@@ -167,50 +169,57 @@ class ModelOptimizer(torch.optim.Optimizer):
         if self.recorder is not None:
             self.recorder.remove()
 
-    def _require_finite(self, losses: list[Tensor]) -> None:
-        """Raise unless every loss and gradient is finite, on every process."""
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
+    def _require_finite_losses(self, losses: list[Tensor]) -> None:
+        """Raise unless every recorded loss is finite, on every process."""
         ok = all(math.isfinite(x) for loss in losses for x in loss.flatten().tolist())
-        if ok and dense:
-            ok = math.isfinite(_total_norm(dense))
-        if processes() > 1:
-            (bad,) = sum_over((torch.tensor([0.0 if ok else 1.0], device=dense[0].device),))
-            ok = float(bad) == 0
-        if ok:
+        if not self._all_agree(ok):
+            self._refuse([])
+
+    def _all_agree(self, ok: bool) -> bool:
+        """Whether ``ok`` holds on every process."""
+        if processes() == 1:
+            return ok
+        device = self.param_groups[0]["params"][0].device
+        (bad,) = sum_over((torch.tensor([0.0 if ok else 1.0], device=device),))
+        return float(bad) == 0
+
+    def _apply(self, movers: Sequence[Mover], deltas: list[Params]) -> None:
+        """Add the updates and keep the movers' new state, unless an update is not finite."""
+        params = [p for mover in movers for p in mover.params]
+        changes = [d for delta in deltas for d in delta]
+        if not params:
             return
+        if not self._all_agree(_all_finite(changes)):
+            self._refuse([p for p, d in zip(params, changes, strict=True) if not _all_finite([d])])
+        torch._foreach_add_(params, changes)
+        for mover in movers:
+            for p, state in zip(mover.params, mover.states, strict=True):
+                if state:
+                    self.state[p] = state
+
+    def _states(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Shallow copies of the state, to be put back by :meth:`_apply`."""
+        return [dict(self.state[p]) if p in self.state else {} for p in params]
+
+    def _refuse(self, updates: list[Tensor]) -> NoReturn:
+        """Say what is not finite, the gradient closest to the loss or else the update."""
         if self.recorder is not None:
             self.recorder.clear()
         names: dict[Tensor, str] = {p: n for n, p in self.model.named_parameters()}
-        bad_names = [
-            names.get(p, "?")
-            for g in self.param_groups
-            for p in g["params"]
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-        ]
-        where = f"the gradient of {bad_names[-1]!r}" if bad_names else "the loss"
-        more = f" (and {len(bad_names) - 1} more)" if len(bad_names) > 1 else ""
+        graded = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        bad = [p for p in graded if p.grad is not None and not _all_finite([p.grad])]
+        if not bad and updates:
+            raise NonFiniteError(
+                f"the update of {names.get(updates[0], '?')!r} is not finite; no weight was "
+                "changed. Lower the learning rate, set feedback_clip, or raise the "
+                "preconditioner's damping"
+            )
+        where = f"the gradient of {names.get(bad[-1], '?')!r}" if bad else "the loss"
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise NonFiniteError(
             f"{where}{more} is not finite; no weight was changed. Skip this batch, lower the "
             "learning rate, or look for a division or logarithm of zero in the model"
         )
-
-    def _apply(self, params: list[Tensor], deltas: list[Tensor]) -> None:
-        """Add the updates, unless one of them is not finite."""
-        if not params:
-            return
-        if not math.isfinite(_total_norm(deltas)):
-            names: dict[Tensor, str] = {p: n for n, p in self.model.named_parameters()}
-            bad = next(
-                names.get(p, "?")
-                for p, d in zip(params, deltas, strict=True)
-                if not bool(torch.isfinite(d).all())
-            )
-            raise NonFiniteError(
-                f"the update of {bad!r} is not finite; no weight was changed. Lower the learning "
-                "rate, set feedback_clip, or raise the preconditioner's damping"
-            )
-        torch._foreach_add_(params, deltas)
 
     # what is covered
 
@@ -267,9 +276,8 @@ def _check(where: str, option: str, value: object, ok: bool, wanted: str) -> Non
         raise OptionError(f"{where}{option}={value!r}, but it must be {wanted}")
 
 
-def _total_norm(tensors: list[Tensor]) -> float:
-    """A number that is finite exactly if all entries are (norms in at least single precision)."""
-    norms = torch._foreach_norm(tensors, float("inf"))
-    return (
-        float(torch.stack([n.float() for n in norms]).sum()) if len(norms) > 1 else float(norms[0])
-    )
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every entry is finite."""
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    largest = torch._foreach_norm([t for t in dense if t.numel()], float("inf"))
+    return not largest or bool(torch.stack([n.float() for n in largest]).isfinite().all())

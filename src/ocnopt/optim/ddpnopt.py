@@ -11,7 +11,7 @@ from ocnopt.control.batch import Batch, gather
 from ocnopt.control.bellman import RECURSIONS
 from ocnopt.control.diagnostics import Diagnostics, Ledger
 from ocnopt.control.players import Player
-from ocnopt.control.record import Pass, Recorder
+from ocnopt.control.record import Pass, Recorder, sample_of
 from ocnopt.control.sweep import Stage, Sweep
 from ocnopt.control.tape import Replay, Tape
 from ocnopt.control.terminal import TerminalCost
@@ -24,9 +24,6 @@ from ocnopt.optim.parallel import mean_over, processes, sum_over
 __all__ = ["DDPNOpt", "FeedbackOptimizer"]
 
 ROLLOUTS = ("linear", "nonlinear", "off")
-
-#: A gradient whose square is below this share of its terms' is what cancellation left of them.
-_CANCELLED = 1e-9
 
 
 class FeedbackOptimizer(ModelOptimizer):
@@ -114,22 +111,14 @@ class FeedbackOptimizer(ModelOptimizer):
     def _step(self) -> None:
         recorder = self.recorder
         passes = recorder.take() if recorder is not None else []
-        losses = [call.loss for p in passes for call in p.calls]
-        self._require_finite(losses)
-        if self.criterion is not None and passes and not losses:
-            raise RecordingError(
-                f"the criterion given to the optimizer ({type(self.criterion).__name__}) was not "
-                "called since the last step, so the cost's curvature and scale are unknown; call "
-                "that very module in the loop, or leave it out of the constructor"
-            )
+        self._require_usable(passes)
         self._steps += 1
         measured = self.measure_every and self._steps % self.measure_every == 0
         group_of = self._group_of()
         graded = [p for p in group_of if p.grad is not None]
         stages, batches = self._stages(passes, graded, group_of)
         sweep: Sweep | None = None
-        params: list[Tensor] = []
-        deltas: list[Tensor] = []
+        movers = [stage.mover for stage in stages]
         if stages:
             sharing = processes() > 1
             sweep = Sweep(
@@ -142,24 +131,41 @@ class FeedbackOptimizer(ModelOptimizer):
             )
             sweep.backward()
             if self.rollout == "nonlinear":
-                self._nonlinear(sweep, passes)
+                self._nonlinear(sweep, passes[0])
             else:
                 sweep.forward()
-                for stage in stages:
-                    params.extend(stage.player.params)
-                    deltas.extend(stage.delta)
+        deltas = [stage.delta for stage in stages]
         done = {p for stage in stages for p in stage.player.params}
         for mover in self._rest([p for p in graded if p not in done], group_of):
             mover.observe()
-            params.extend(mover.params)
-            deltas.extend(mover.move(mover.base()))
-        self._apply(params, deltas)
+            movers.append(mover)
+            deltas.append(mover.move(mover.base()))
+        self._apply(movers, deltas)
         self._ledger = None
         if sweep is not None:
-            reports = [_report(stage) for stage in stages]
+            reports = [stage.mover.report for stage in stages]
             self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
         if measured and passes:
             self._measure(passes)
+
+    def _require_usable(self, passes: list[Pass]) -> None:
+        """Refuse what cannot be stepped on, before anything is changed."""
+        losses = [call.loss for p in passes for call in p.calls]
+        self._require_finite_losses(losses)
+        if self.criterion is not None and passes and not losses:
+            raise RecordingError(
+                f"the criterion given to the optimizer ({type(self.criterion).__name__}) was not "
+                "called since the last step, so the cost's curvature and scale are unknown; call "
+                "that very module in the loop, or leave it out of the constructor"
+            )
+        if self.rollout != "nonlinear" or not passes:
+            return
+        if len(passes) > 1 or passes[0].forwards != 1 or passes[0].tape is None:
+            raise GraphError(
+                f"rollout='nonlinear' runs the last forward pass again, but {len(passes)} passes "
+                f"with {passes[0].forwards} calls of the model led to this step; use "
+                "rollout='linear' with gradient accumulation or several calls"
+            )
 
     def _stages(
         self,
@@ -197,7 +203,7 @@ class FeedbackOptimizer(ModelOptimizer):
                 rule = Identity()
             if not (self.feedback_on or rule.factored):
                 continue
-            states = [self.state[p] for p in player.params]
+            states = self._states(player.params)
             mover = ParamMover(list(player.params), mine, states, rule, player.layer)
             stages.append(Stage(player, mover, mine[0]["feedback_clip"]))
         for player in expected:
@@ -208,7 +214,7 @@ class FeedbackOptimizer(ModelOptimizer):
         for player in self.players:
             if player not in order and player not in self._reasons:
                 self._reasons[player] = "it received no gradient in the last step"
-        self._measure_scales(stages, batches)
+        self._measure_scales(stages)
         return stages, batches
 
     def _nothing_recorded(self, expected: list[Player]) -> None:
@@ -218,45 +224,39 @@ class FeedbackOptimizer(ModelOptimizer):
             "first forward pass; do not call detach() before the last step"
         )
 
-    def _measure_scales(self, stages: list[Stage], batches: list[Batch]) -> None:
+    def _measure_scales(self, stages: list[Stage]) -> None:
         """How the loop rescaled gradients since autograd made them (clipping, unscaling).
 
-        The recorded signals know nothing of it, so one gradient per player, the cheapest, is
-        formed again from them and compared with what the loop left.
+        The recorded signals know nothing of it, so a few entries of one gradient per player are
+        compared with what they were.
         """
         recorder = self.recorder
         assert recorder is not None
-        touched = [s for s in stages if any(recorder.touched(p) for p in s.player.params)]
-        if not touched:
+        made = [recorder.samples[stage.player.index] for stage in stages]
+        pairs = [
+            (stage, old, sample_of(stage.player.params[-1]))
+            for stage, old in zip(stages, made, strict=True)
+            if old is not None
+        ]
+        if not pairs:
             return
-        cheap = torch.stack([self._probe(stage, batches, cheap=True) for stage in touched])
-        found = cheap.double().tolist()
-        for i, (_, square, gross) in enumerate(found):
-            if square <= _CANCELLED * gross:  # a bias before a BatchNorm: noise, not a gradient
-                found[i] = self._probe(touched[i], batches, cheap=False).double().tolist()
-        total = sum(square for _, square, _ in found)
-        common = sum(product for product, _, _ in found) / total if total else 1.0
-        for stage, (product, square, gross) in zip(touched, found, strict=True):
-            own = product / square if square > _CANCELLED * gross else common
-            # Rounding apart, clipping and unscaling have one factor for all players.
-            same = abs(own - common) <= 1e-2 * abs(common)
-            stage.mover.scale = common if same else own
-
-    def _probe(self, stage: Stage, batches: list[Batch], cheap: bool) -> Tensor:
-        """(g . g0, g0 . g0, |terms of g0|^2) of one gradient: as it is, g, and as made, g0."""
-        params = stage.player.params
-        which = min(range(len(params)), key=lambda j: params[j].numel() * (1 if cheap else -1))
-        made = torch.zeros_like(params[which])
-        gross = made.new_zeros(())
-        for batch in batches:
-            trace = batch.traces.get(stage.player)
-            if trace is not None:
-                part, terms = trace.remake(which, batch.baseline())
-                made, gross = made + part, gross + terms
+        before = torch.cat([old for _, old, _ in pairs])
+        after = torch.cat([new for _, _, new in pairs])
         if processes() > 1:
-            made, gross = mean_over((made, gross))
-        now = stage.mover.base()[which]
-        return torch.stack([(now * made).sum(), (made * made).sum(), gross])
+            (before,) = mean_over((before,))
+        elif torch.equal(before, after):
+            return
+        sizes = [old.numel() for _, old, _ in pairs]
+        before, after = before.double(), after.double()
+        products = [float(x.sum()) for x in (before * after).split(sizes)]
+        squares = [float(x.sum()) for x in (before * before).split(sizes)]
+        total = sum(squares)
+        common = sum(products) / total if total > 0 else 1.0
+        for (stage, _, _), product, square in zip(pairs, products, squares, strict=True):
+            own = product / square if square > 0 else common
+            # Rounding apart, clipping and unscaling have one factor for all players.
+            close = abs(own - common) <= 1e-3 * abs(common)
+            stage.mover.scale = common if close else own
 
     def _rest(
         self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
@@ -271,23 +271,16 @@ class FeedbackOptimizer(ModelOptimizer):
             rule = self._build(group)
             if rule.factored:
                 rule = Identity()
-            states = [self.state[p] for p in mine]
+            states = self._states(mine)
             movers.append(ParamMover(mine, [group] * len(mine), states, rule))
         return movers
 
     # second passes
 
-    def _nonlinear(self, sweep: Sweep, passes: list[Pass]) -> None:
+    def _nonlinear(self, sweep: Sweep, recorded: Pass) -> None:
         """Lines 14 to 18 of Algorithm 3: a second forward pass that applies updates on its way."""
-        recorded = passes[0]
-        if len(passes) > 1 or recorded.forwards != 1 or recorded.tape is None:
-            raise GraphError(
-                f"rollout='nonlinear' runs the last forward pass again, but {len(passes)} passes "
-                f"with {recorded.forwards} calls of the model led to this step; use "
-                "rollout='linear' with gradient accumulation or several calls"
-            )
         tape = recorded.tape
-        assert recorded.inputs is not None
+        assert tape is not None and recorded.inputs is not None
         places = {stage.player: i for i, stage in enumerate(sweep.stages)}
         starts = {player: i for i, player in enumerate(tape.starts)}
         backup = [(p, p.clone()) for stage in sweep.stages for p in stage.player.params]
@@ -297,16 +290,16 @@ class FeedbackOptimizer(ModelOptimizer):
             if position is None:
                 return
             rho = tape.rho(starts[player], sweep.batches[0])
-            delta = sweep.act(position, [rho])
-            self._apply(list(player.params), list(delta))
+            torch._foreach_add_(list(player.params), list(sweep.act(position, [rho])))
             sweep.follow(position)
 
         try:
             Replay(tape, recorded.inputs).run(turn)
-        except BaseException:
+        finally:
+            # The updates are applied for good together with all others, once they are known to
+            # be finite.
             for p, kept in backup:
                 p.copy_(kept)
-            raise
 
     def _measure(self, passes: list[Pass]) -> None:
         """Run the step's batches again with the new weights."""
@@ -345,12 +338,6 @@ class _Watcher:
 
     def __call__(self, recorded: Pass) -> None:
         recorded.tape = Tape(self.model, self.players, self.columns)
-
-
-def _report(stage: Stage) -> dict[str, float]:
-    mover = stage.mover
-    assert isinstance(mover, ParamMover)
-    return mover.report
 
 
 class DDPNOpt(FeedbackOptimizer):

@@ -25,7 +25,8 @@ class ParamMover:
     Args:
         params: The parameters.
         groups: The parameter group of each.
-        states: The optimizer's state of each.
+        states: A shallow copy of the optimizer's state of each; tensors in it are replaced, never
+            written into, so that a step that fails leaves nothing behind.
         preconditioner: M.
         layer: The player's layer, or None.
     """
@@ -102,7 +103,7 @@ class ParamMover:
         )
 
     def move(self, d: Params) -> Params:
-        """The parameters' change for the direction d; momentum buffers are updated."""
+        """The parameters' change for the direction d; momentum is updated."""
         assert self._metric is not None and self._seen is not None
         first = self.preconditioner.decay_first
         u = self.preconditioner.direction(
@@ -115,10 +116,7 @@ class ParamMover:
             momentum = group["momentum"]
             if momentum:
                 buffer = state.get("momentum_buffer")
-                if buffer is None:
-                    buffer = state["momentum_buffer"] = part.clone()
-                else:
-                    buffer.mul_(momentum).add_(part)
-                part = buffer
+                part = part if buffer is None else torch.add(part, buffer, alpha=momentum)
+                state["momentum_buffer"] = part
             out.append(part * -rate)
         return tuple(out)
