@@ -1,11 +1,12 @@
-"""Every layer kind against autograd: gradients, per-sample gradients, application, Gram matrices."""
+"""Every layer kind against autograd: gradients, per sample and summed, application, Gram."""
 
-import ocnopt.curvature.metric as metrics
 import pytest
 import torch
-from ocnopt.layers import kind_of
 from torch import nn
 from torch.func import functional_call, grad, vmap
+
+import ocnopt.curvature.metric as metrics
+from ocnopt.layers import kind_of
 
 torch.manual_seed(0)
 F64 = torch.float64
@@ -39,11 +40,14 @@ CASES = {
     "linear-wide": (lambda: nn.Linear(30, 40), randn(B, 2, 30)),
     "conv1d": (conv(1, 4, 6, 3), randn(B, 4, 9)),
     "conv1d-groups": (
-        conv(1, 4, 6, 3, stride=2, padding=2, dilation=2, groups=2), randn(B, 4, 11),
+        conv(1, 4, 6, 3, stride=2, padding=2, dilation=2, groups=2),
+        randn(B, 4, 11),
     ),
+    # An even kernel pads unevenly.
     "conv1d-same": (conv(1, 3, 4, 4, padding="same"), randn(B, 3, 8)),
     "conv1d-circular": (
-        conv(1, 3, 4, 3, padding=1, padding_mode="circular", bias=False), randn(B, 3, 8),
+        conv(1, 3, 4, 3, padding=1, padding_mode="circular", bias=False),
+        randn(B, 3, 8),
     ),
     "conv2d": (conv(2, 3, 4, 3), randn(B, 3, 6, 7)),
     "conv2d-1x1": (conv(2, 3, 4, 1), randn(B, 3, 5, 5)),
@@ -56,16 +60,20 @@ CASES = {
     "conv2d-same": (conv(2, 3, 4, (4, 3), padding="same", dilation=(1, 2)), randn(B, 3, 6, 7)),
     "conv2d-valid": (conv(2, 3, 4, 3, padding="valid"), randn(B, 3, 6, 7)),
     "conv2d-same-reflect": (
-        conv(2, 3, 4, 4, padding="same", padding_mode="reflect"), randn(B, 3, 6, 7),
+        conv(2, 3, 4, 4, padding="same", padding_mode="reflect"),
+        randn(B, 3, 6, 7),
     ),
     "conv2d-reflect": (
-        conv(2, 3, 4, 3, padding=(2, 1), padding_mode="reflect", stride=2), randn(B, 3, 6, 7),
+        conv(2, 3, 4, 3, padding=(2, 1), padding_mode="reflect", stride=2),
+        randn(B, 3, 6, 7),
     ),
     "conv2d-circular": (
-        conv(2, 4, 4, 3, padding=1, padding_mode="circular", groups=2), randn(B, 4, 6, 7),
+        conv(2, 4, 4, 3, padding=1, padding_mode="circular", groups=2),
+        randn(B, 4, 6, 7),
     ),
     "conv2d-replicate": (
-        conv(2, 3, 4, 3, padding=(0, 2), padding_mode="replicate"), randn(B, 3, 6, 7),
+        conv(2, 3, 4, 3, padding=(0, 2), padding_mode="replicate"),
+        randn(B, 3, 6, 7),
     ),
     "conv3d": (conv(3, 2, 3, 2), randn(B, 2, 3, 4, 3)),
     "conv3d-all": (
@@ -73,7 +81,8 @@ CASES = {
         randn(B, 4, 3, 5, 3),
     ),
     "conv3d-replicate": (
-        conv(3, 2, 3, 3, padding=1, padding_mode="replicate"), randn(B, 2, 3, 4, 3),
+        conv(3, 2, 3, 3, padding=1, padding_mode="replicate"),
+        randn(B, 2, 3, 4, 3),
     ),
     "embedding": (lambda: nn.Embedding(7, 3), tokens(B, 6)),
     "embedding-1d": (lambda: nn.Embedding(7, 3), tokens(B)),
@@ -113,7 +122,8 @@ class Case:
                 b.copy_(torch.rand_like(b) + 0.5)
         self.module.train(mode == "train")
         self.names = tuple(
-            n for n in ("weight", "bias")
+            n
+            for n in ("weight", "bias")
             if getattr(self.module, n, None) is not None and only in (None, n)
         )
         self.layer = kind_of(self.module)(self.module, self.names)
@@ -126,13 +136,14 @@ class Case:
         self.columns = randn(3, *self.h.shape, seed=5)
 
     def rest(self):
-        return {
-            n: p.detach() for n, p in self.module.named_parameters() if n not in self.names
-        } | {n: b.clone() for n, b in self.module.named_buffers()}
+        return {n: p.detach() for n, p in self.module.named_parameters() if n not in self.names} | {
+            n: b.clone() for n, b in self.module.named_buffers()
+        }
 
     def call(self, params, x):
-        return functional_call(self.module, (dict(zip(self.names, params, strict=True))
-                                             | self.rest()), (x,))
+        return functional_call(
+            self.module, (dict(zip(self.names, params, strict=True)) | self.rest()), (x,)
+        )
 
     def gradient(self, g):
         leaves = tuple(p.clone().requires_grad_() for p in self.params)
@@ -160,12 +171,22 @@ def cases():
     for name in NORMS:
         yield name, None, "train"
         yield name, None, "eval"
-    for name in ("linear", "linear-3d", "conv2d-groups", "conv2d-reflect", "conv1d-groups",
-                 "conv3d-all", "layernorm-3d", "groupnorm", "batchnorm2d"):
+    for name in (
+        "linear",
+        "linear-3d",
+        "conv2d-groups",
+        "conv2d-reflect",
+        "conv1d-groups",
+        "conv3d-all",
+        "layernorm-3d",
+        "groupnorm",
+        "batchnorm2d",
+    ):
         yield name, "weight", "train"
         yield name, "bias", "train"
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 ALL = pytest.mark.parametrize("case", list(cases()), ids=lambda c: "-".join(map(str, c)))
 
 
@@ -211,8 +232,9 @@ def dense_metrics(c):
     """Every metric the layer admits, with its dense M^-1 / its rates, as flat matrices."""
     sizes = [p.numel() for p in c.params]
     rates = tuple(0.3 if i == 0 else 0.7 for i in range(len(sizes)))
-    rate_vector = torch.cat([torch.full((n,), r, dtype=F64) for n, r in
-                             zip(sizes, rates, strict=True)])
+    rate_vector = torch.cat(
+        [torch.full((n,), r, dtype=F64) for n, r in zip(sizes, rates, strict=True)]
+    )
     yield "identity", metrics.Metric(rates), torch.diag(rate_vector)
     equal = (0.4,) * len(sizes)
     yield "identity-equal", metrics.Metric(equal), 0.4 * torch.eye(sum(sizes), dtype=F64)
@@ -227,8 +249,7 @@ def dense_metrics(c):
     # The linear map from flat parameters to the flat blocks, by unit vectors.
     unit = torch.eye(sum(sizes), dtype=F64)
     stacked = tuple(
-        part.reshape(-1, *p.shape)
-        for part, p in zip(unit.split(sizes, 1), c.params, strict=True)
+        part.reshape(-1, *p.shape) for part, p in zip(unit.split(sizes, 1), c.params, strict=True)
     )
     to = c.layer.to_matrix(stacked).flatten(1).t()
     blocks = torch.block_diag(
@@ -283,13 +304,13 @@ def test_solve(case):
     many = tuple(randn(2, 3, *p.shape, seed=6) for p in c.params)
     for name, metric, dense in dense_metrics(c):
         rates = torch.cat(
-            [torch.full((p.numel(),), r, dtype=F64)
-             for p, r in zip(c.params, metric.rates, strict=True)]
+            [
+                torch.full((p.numel(),), r, dtype=F64)
+                for p, r in zip(c.params, metric.rates, strict=True)
+            ]
         )
         found = torch.cat([x.flatten() for x in metric.solve(d)])
-        torch.testing.assert_close(
-            found * rates, dense @ flat, rtol=1e-9, atol=1e-10, msg=name
-        )
+        torch.testing.assert_close(found * rates, dense @ flat, rtol=1e-9, atol=1e-10, msg=name)
         batched = metric.solve(many)
         for i in range(2):
             single = metric.solve(tuple(x[i, 1] for x in many))

@@ -2,7 +2,6 @@
 
 import copy
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -17,6 +16,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 

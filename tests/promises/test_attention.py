@@ -1,10 +1,11 @@
 """Attention blocks: what cannot be recorded falls back by name, and everything trains."""
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import OPTIMIZERS, assert_feedback_active
 from torch import nn
+
+import ocnopt
 
 
 class Encoder(nn.Module):
@@ -12,9 +13,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.rows_first = batch_first
         self.embed = nn.Embedding(11, 8)
-        self.layer = nn.TransformerEncoderLayer(
-            8, 2, 16, dropout=0.0, batch_first=batch_first
-        )
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
         self.head = nn.Linear(8, 3)
 
     def forward(self, tokens):

@@ -2,7 +2,6 @@
 
 import io
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -17,6 +16,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 
 def saved(thing):
@@ -60,8 +61,9 @@ def test_state_matters(name):
     two.load_state_dict(one.state_dict())
     run(one, first, 2, criterion, start=3)
     run(two, OPTIMIZERS[name](two, own := nn.CrossEntropyLoss()), 2, own, start=3)
-    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(),
-                                                     strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

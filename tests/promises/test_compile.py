@@ -2,7 +2,6 @@
 
 import copy
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -15,6 +14,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,11 @@ def test_compiled_and_run_before_the_optimizer_was_built():
 
 @pytest.mark.parametrize(
     "name,backend",
-    [*((name, "eager") for name in OPTIMIZERS), ("DDPNOpt-adam", "aot_eager"), ("KFAC", "aot_eager")],
+    [
+        *((name, "eager") for name in OPTIMIZERS),
+        ("DDPNOpt-adam", "aot_eager"),
+        ("KFAC", "aot_eager"),
+    ],
 )
 def test_optimizer_built_first(name, backend):
     model = mlp()

@@ -6,7 +6,6 @@ import io
 import pickle
 import weakref
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -21,6 +20,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 ROLLOUTS = ["linear", "nonlinear"]
 

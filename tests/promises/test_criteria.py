@@ -1,6 +1,5 @@
 """The same loss, however it is written."""
 
-import ocnopt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 STEPS = 3
 TERMINALS = ["matched", "outer-product", "gauss-newton"]

@@ -17,7 +17,10 @@ from torch import nn
 def chain(inplace):
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(5, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 8), nn.ReLU(inplace=inplace),
+        nn.Linear(5, 8),
+        nn.ReLU(inplace=inplace),
+        nn.Linear(8, 8),
+        nn.ReLU(inplace=inplace),
         nn.Linear(8, 3),
     ).double()
 

@@ -206,6 +206,6 @@ def test_mixed_model(name):
     x, y = batch(dtype=torch.float32)
     losses = [float(step(mixed, optimizer, criterion, x, y)) for _ in range(10)]
     assert losses[-1] < losses[0]
-    assert [p.dtype for p in mixed.parameters()] == [torch.float32] * 2 + [
-        torch.float64
-    ] * 2 + [torch.float32] * 2
+    assert [p.dtype for p in mixed.parameters()] == [torch.float32] * 2 + [torch.float64] * 2 + [
+        torch.float32
+    ] * 2

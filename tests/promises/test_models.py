@@ -1,11 +1,12 @@
 """Modules used twice, shared, never called, reparametrized, subclassed or frozen."""
 
-import ocnopt
 import pytest
 import torch
 import torch.nn.functional as F
 from promises.conformance import OPTIMIZERS, assert_feedback_active, batch, mlp, step
 from torch import nn
+
+import ocnopt
 
 DDP = [name for name in OPTIMIZERS if name.startswith("DDPNOpt")]
 

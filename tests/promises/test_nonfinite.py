@@ -1,6 +1,5 @@
 """A non-finite loss or gradient never reaches weights or state, and is named."""
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -15,6 +14,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 
 def bad(kind, model):
@@ -81,9 +82,7 @@ def test_bad_batch_with_a_nonlinear_rollout(name):
 def test_loss_not_finite_but_gradients_are(name):
     """An infinite constant in the loss; the gradient alone would not tell."""
     model = mlp()
-    criterion = ocnopt.Criterion(
-        lambda out, y: nn.functional.cross_entropy(out, y) + float("inf")
-    )
+    criterion = ocnopt.Criterion(lambda out, y: nn.functional.cross_entropy(out, y) + float("inf"))
     optimizer = OPTIMIZERS[name](model, criterion)
     x, y = batch()
     criterion(model(x), y).backward()

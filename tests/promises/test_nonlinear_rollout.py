@@ -2,7 +2,6 @@
 
 import copy
 
-import ocnopt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 
 def statistics(model):
@@ -92,7 +93,12 @@ def test_equals_the_manual_computation():
     criterion = nn.CrossEntropyLoss()
     lr = 0.2
     optimizer = ocnopt.DDPNOpt(
-        model, criterion, lr=lr, rollout="nonlinear", bellman="off", terminal="outer-product",
+        model,
+        criterion,
+        lr=lr,
+        rollout="nonlinear",
+        bellman="off",
+        terminal="outer-product",
         feedback_clip=None,
     )
     before = weights(model)
@@ -106,7 +112,7 @@ def test_equals_the_manual_computation():
     torch.manual_seed(7)
     mask = F.dropout(torch.ones(6, 6, dtype=torch.float64), 0.5)
     state = torch.tanh((x @ w0.t() + b0) * mask)
-    signal = ((state @ w1.t() + b1).softmax(-1) - F.one_hot(y, 3))  # per sample
+    signal = (state @ w1.t() + b1).softmax(-1) - F.one_hot(y, 3)  # per sample
     back = (signal @ w1) * (1 - state**2) * mask
     new_w0, new_b0 = w0 - lr * back.t() @ x / 6, b0 - lr * back.mean(0)
     new_state = torch.tanh((x @ new_w0.t() + new_b0) * mask)

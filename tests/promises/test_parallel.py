@@ -5,13 +5,15 @@ import datetime
 import os
 import pickle
 import socket
+import subprocess
+import sys
 
-import ocnopt
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+
+import ocnopt
 
 NAMES = ("identity", "rmsprop", "adam", "kfac", "ekfac")
 CASES = [
@@ -99,6 +101,23 @@ def bad_rank(rank):
     return False
 
 
+def accumulated(rank, world):
+    """Two micro-batches per process, the first without an exchange of gradients."""
+    model = model_of()
+    criterion = nn.CrossEntropyLoss()
+    net = nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(CASES[0], net, criterion)
+    for i in range(STEPS):
+        x, y = (t.chunk(world)[rank] for t in batch_of(i))
+        optimizer.zero_grad()
+        with net.no_sync():
+            (criterion(net(x[:2]), y[:2]) / 3).backward()
+        (criterion(net(x[2:]), y[2:]) * 2 / 3).backward()
+        optimizer.step()
+    share = optimizer.diagnostics.total.feedback_share
+    return {n: p.detach().numpy() for n, p in model.named_parameters()}, share
+
+
 def work(rank, world, port, path):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -106,12 +125,14 @@ def work(rank, world, port, path):
         "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
     )
     results = {}
-    for case in [*CASES, "clipped", "bad"]:
+    for case in [*CASES, "clipped", "accumulated", "bad"]:
         try:
             if case == "bad":
                 results[case] = bad_rank(rank)
             elif case == "clipped":
                 results[case] = train(CASES[0], rank, world, clip=0.1)
+            elif case == "accumulated":
+                results[case] = accumulated(rank, world)
             else:
                 results[case] = train(case, rank, world)
         except Exception as error:  # each case reports for itself
@@ -124,25 +145,31 @@ def work(rank, world, port, path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """What two processes of this very file found."""
     path = str(tmp_path_factory.mktemp("parallel") / "result")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    failure = None
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(port), path], env=environment)
+        for rank in range(2)
+    ]
     try:
-        mp.start_processes(work, (2, port, path), nprocs=2, start_method="fork")
-    except Exception as error:  # whatever was finished before it is still compared
-        failure = error
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     found = []
     for rank in range(2):
         with open(f"{path}.{rank}", "rb") as file:
             found.append(pickle.load(file))
-    return found, failure
+    return found, codes
 
 
 def compare(results, key, case, clip=None):
-    found, failure = results
-    assert failure is None or key in found[0], failure
+    found, codes = results
+    assert all(key in entry for entry in found), f"processes ended with {codes} before this case"
     expected, share = train(case, 0, 0, clip)
     start = {n: p.detach().numpy() for n, p in model_of().named_parameters()}
     for entry in (found[0][key], found[1][key]):
@@ -164,6 +191,14 @@ def test_with_clipping(results):
     compare(results, "clipped", CASES[0], clip=0.1)
 
 
+def test_with_accumulation(results):
+    compare(results, "accumulated", CASES[0])
+
+
 def test_one_bad_process_stops_all(results):
     found, _ = results
     assert found[0]["bad"] is True and found[1]["bad"] is True
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), 2, int(sys.argv[2]), sys.argv[3])

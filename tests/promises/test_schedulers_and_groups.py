@@ -2,7 +2,6 @@
 
 import copy
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -19,6 +18,8 @@ from promises.conformance import (
 )
 from torch import nn
 from torch.optim import lr_scheduler
+
+import ocnopt
 
 SCHEDULERS = {
     "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
@@ -59,9 +60,7 @@ def test_scheduler_sets_the_rate_of_the_step(name, scheduler):
 def test_scheduled_run_equals_sgd(scheduler):
     mine = mlp()
     theirs = copy.deepcopy(mine)
-    first = ocnopt.DDPNOpt(
-        mine, None, lr=0.1, momentum=0.5, bellman="off", rollout="off"
-    )
+    first = ocnopt.DDPNOpt(mine, None, lr=0.1, momentum=0.5, bellman="off", rollout="off")
     second = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.5)
     for model, optimizer in ((mine, first), (theirs, second)):
         schedule = SCHEDULERS[scheduler](optimizer)
@@ -139,7 +138,12 @@ def test_options_of_groups_reduce_to_the_lender(kind):
     first = {"lr": 0.002, "weight_decay": 0.3, **momentum}
     second = {"lr": 0.01, "weight_decay": 0.1}
     optimizer = ocnopt.DDPNOpt(
-        mine, None, lr=0.005, preconditioner=rule, bellman="off", rollout="off",
+        mine,
+        None,
+        lr=0.005,
+        preconditioner=rule,
+        bellman="off",
+        rollout="off",
         params=[{"params": "0", **first}, {"params": ["2.bias", "4.bias"], **second}],
     )
     reference = lender(
@@ -270,7 +274,7 @@ def test_bad_options_fail_in_the_constructor(options, message):
 
 @pytest.mark.parametrize("model", [[], None, "model", list(mlp().parameters())])
 def test_parameters_instead_of_the_model(model):
-    with pytest.raises(ocnopt.OptionError, match="nn.Module"):
+    with pytest.raises(ocnopt.OptionError, match=r"nn\.Module"):
         ocnopt.DDPNOpt(model, lr=0.1)
 
 

@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import ocnopt
 import pytest
 import torch
 from promises.conformance import (
@@ -18,6 +17,8 @@ from promises.conformance import (
     weights,
 )
 from torch import nn
+
+import ocnopt
 
 
 def twins(name, **options):

@@ -1,11 +1,12 @@
 """Matrices that cannot be factorized are met by escalation, counted, and never by a raw error."""
 
-import ocnopt
 import pytest
 import torch
-from ocnopt.curvature.factorize import eigenbasis, spd_inverse
 from promises.conformance import OPTIMIZERS, batch, mlp
 from torch import nn
+
+import ocnopt
+from ocnopt.curvature.factorize import eigenbasis, spd_inverse
 
 FACTORED = ["DDPNOpt-kfac", "DDPNOpt-ekfac", "KFAC", "EKFAC"]
 
@@ -45,9 +46,7 @@ def test_inverse_of_an_indefinite_matrix():
     matrix = torch.diag(torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64))[None]
     found = spd_inverse(matrix, torch.tensor([1e-3], dtype=torch.float64))
     assert found.failures == 3 and found.damping == pytest.approx(1.0)
-    torch.testing.assert_close(
-        found.values, torch.linalg.inv(matrix + found.damping * eye(3))
-    )
+    torch.testing.assert_close(found.values, torch.linalg.inv(matrix + found.damping * eye(3)))
 
 
 def test_one_bad_block_does_not_spoil_the_shape():

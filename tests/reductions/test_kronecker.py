@@ -2,12 +2,13 @@
 
 import copy
 
-import ocnopt
 import pytest
 import torch
 import torch.nn.functional as F
 from promises.conformance import assert_weights_close, build, run
 from torch import nn
+
+import ocnopt
 
 KINDS = {
     "kfac": (ocnopt.KFAC, ocnopt.curvature.KFAC),
@@ -97,7 +98,7 @@ class Dense:
             loss, [h for _, h in seen.values()] + list(self.model.parameters())
         )
         grads = dict(
-            zip((n for n, _ in self.model.named_parameters()), signals[len(seen):], strict=True)
+            zip((n for n, _ in self.model.named_parameters()), signals[len(seen) :], strict=True)
         )
         samples = len(x)
         with torch.no_grad():
