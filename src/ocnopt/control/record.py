@@ -134,8 +134,13 @@ class Pass:
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.tape: Tape | None = None
         self.forwards = 0
+        self.first: weakref.ref[Use] | None = None
         #: Backward passes that accumulated gradients.
         self.tasks: set[int] = set()
+
+    def abandoned(self) -> bool:
+        """Whether the graph of the first call is gone, so that no gradient can arrive."""
+        return self.first is not None and self.first() is None
 
     def settle(self) -> None:
         """Add up what the backward passes that count have brought."""
@@ -257,7 +262,7 @@ class Recorder:
     def begin(self, _: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """The model's forward begins."""
         current = self.current
-        if current is None or current.calls or current.received:
+        if current is None or current.calls or current.received or current.abandoned():
             current = self._open()
         current.forwards += 1
         current.inputs = (args, kwargs)
@@ -291,6 +296,8 @@ class Recorder:
         rows = output.shape[0] if output.dim() > 1 else 0
         capture = player.layer.capture(module, args, kwargs)
         use = Use(player, self._order, rows, capture, current)
+        if current.first is None:
+            current.first = weakref.ref(use)
         if self.terminal is not None and self.terminal.rank_r:
             current.edges.append((use, get_gradient_edge(output)))
         output.register_hook(_Receiver(use, weakref.ref(self)))
@@ -386,9 +393,13 @@ class Recorder:
         return taken
 
     def clear(self) -> None:
-        """Forget every recorded pass."""
+        """Forget every pass that was differentiated; one that is under way goes on."""
         self.passes = []
-        self.current = None
+        current = self.current
+        if current is not None and current.received:
+            self.current = None
+        elif current is not None and current.calls:
+            current.edges = []  # its columns are known
         self._pending = [[] for _ in self.players]
 
 

@@ -87,6 +87,12 @@ class ModelOptimizer(torch.optim.Optimizer):
             OptionError: An option out of range or an unknown name.
         """
         group = dict(param_group)
+        unknown = group.keys() - {"params", "initial_lr", "name"} - self.defaults.keys()
+        if unknown:
+            raise OptionError(
+                f"params: a group has no option {sorted(unknown)[0]!r}; choose from "
+                f"{', '.join(self.defaults)}"
+            )
         group["params"] = resolve(self.model, group["params"])
         if "preconditioner" in group:
             group["preconditioner"] = preconditioner(group["preconditioner"]).options()
@@ -98,6 +104,11 @@ class ModelOptimizer(torch.optim.Optimizer):
     def _check_groups(self) -> None:
         for i, group in enumerate(self.param_groups):
             where = f"parameter group {i}: " if len(self.param_groups) > 1 else ""
+            for option in ("lr", "momentum", "weight_decay", "feedback_clip"):
+                value = group[option]
+                number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+                none = value is None and option == "feedback_clip"
+                _check(where, option, value, number or none, "a number")
             _check(where, "lr", group["lr"], group["lr"] >= 0, "at least 0")
             _check(where, "momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
             decay = group["weight_decay"]

@@ -116,7 +116,7 @@ class ParamMover:
             momentum = group["momentum"]
             if momentum:
                 buffer = state.get("momentum_buffer")
-                part = part if buffer is None else torch.add(part, buffer, alpha=momentum)
+                part = part if buffer is None else torch.mul(buffer, momentum).add_(part)
                 state["momentum_buffer"] = part
             out.append(part * -rate)
         return tuple(out)
