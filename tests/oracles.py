@@ -494,14 +494,73 @@ def output_change(model: nn.Module, x: Tensor, delta: Mapping[str, Tensor]) -> l
     """Per sample: the directional derivative of the model's flat output along `delta`."""
     nominal = {name: p.detach() for name, p in model.named_parameters()}
     tangent = {name: delta.get(name, torch.zeros_like(p)).detach() for name, p in nominal.items()}
-    changes = []
+
+    def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (x,)).flatten(1)
+
+    return list(jvp(outputs, (nominal,), (tangent,))[1])
+
+
+@dataclasses.dataclass
+class Columns:
+    """Per sample: the terminal cost's columns and what they are back-propagated to each player."""
+
+    terminal: list[Tensor]  # (n, r)
+    v: list[Tensor]  # (r,), V_x = terminal @ v
+    K: list[Tensor]  # (r, r), V_xx = terminal @ K @ terminal^T
+    P_u: list[list[Tensor]]  # per player, per sample: (m, r)
+    P_h: list[list[Tensor]]  # the same at the player's outputs, over all of its uses
+    inputs: list[list[Tensor]]  # what the player read, at its first use
+    shapes: list[list[torch.Size]]  # of its first output
+    uses: list[int]
+
+
+def back_propagate(
+    model: nn.Module, players: Sequence[nn.Module], x: Tensor, phi: RowLoss, terminal: str
+) -> Columns:
+    """One pass per sample and column, by autograd alone."""
+    table = Columns([], [], [], *([[] for _ in players] for _ in range(4)), [0 for _ in players])
     for i in range(len(x)):
+        seen: list[list[Tensor]] = [[] for _ in players]
+        reads: list[list[Tensor]] = [[] for _ in players]
+        handles = []
+        for t, player in enumerate(players):
 
-        def output(parameters: dict[str, Tensor], i: int = i) -> Tensor:
-            return functional_call(model, parameters, (x[i : i + 1],)).reshape(-1)
+            def watch(_module, args, out, seen_here=seen[t], reads_here=reads[t]) -> None:
+                reads_here.append(args[0].detach())
+                seen_here.append(out)
 
-        changes.append(jvp(output, (nominal,), (tangent,))[1])
-    return changes
+            handles.append(player.register_forward_hook(watch))
+        output = model(x[i : i + 1])
+        for handle in handles:
+            handle.remove()
+        gradient, hessian = terminal_derivatives(phi, output, i)
+        columns, curvature = gradient[:, None], torch.ones_like(gradient[:1, None])
+        if terminal == "matched":
+            curvature = curvature * matched_curvature(gradient, hessian)
+        elif terminal == "gauss-newton":
+            eigenvalues, vectors = torch.linalg.eigh(hessian)
+            columns = torch.cat([columns, vectors * eigenvalues.clamp_min(0).sqrt()], dim=1)
+            curvature = torch.eye(columns.shape[1]).to(gradient)
+            curvature[0, 0] = 0
+        table.terminal.append(columns)
+        table.K.append(curvature)
+        table.v.append(torch.eye(columns.shape[1]).to(gradient)[0])
+        for t, player in enumerate(players):
+            own = list(controls(player).values())
+            pulled_u, pulled_h = [], []
+            for column in columns.T:
+                gs = torch.autograd.grad(
+                    output.reshape(-1), [*own, *seen[t]], column, retain_graph=True
+                )
+                pulled_u.append(torch.cat([g.reshape(-1) for g in gs[: len(own)]]))
+                pulled_h.append(torch.cat([g.reshape(-1) for g in gs[len(own) :]]))
+            table.P_u[t].append(torch.stack(pulled_u, dim=1))
+            table.P_h[t].append(torch.stack(pulled_h, dim=1))
+            table.inputs[t].append(reads[t][0])
+            table.shapes[t].append(seen[t][0].shape)
+            table.uses[t] = len(seen[t])
+    return table
 
 
 @dataclasses.dataclass
@@ -523,76 +582,20 @@ def graph_step(
     phi: RowLoss,
     options: Options,
     memory: dict[int, dict] | None = None,
+    table: Columns | None = None,
 ) -> GraphResult:
     """One DDPNOpt step on any graph with the linear rollout, from per-sample back-propagations.
 
     `players` stand in the order of their first call. With c the columns of the terminal cost
     (phi_x, and a factor of its Hessian where that is exact), P_u^(i) = [d(c^T x_T)/du] and the
-    value is V_x = P_x v, V_xx = P_x K P_x^T throughout (rank-r form of Prop. 3).
+    value is V_x = P_x v, V_xx = P_x K P_x^T throughout (rank-r form of Prop. 3). `memory` is that
+    of :func:`ddp_step`; `table` is :func:`back_propagate` for the same batch and terminal.
     """
     o, lr, batch = options, options.lr, len(x)
     memory = {} if memory is None else memory
     names = {p: name for name, p in model.named_parameters()}
-    dtype = next(model.parameters()).dtype
-
-    # P_u (m, r) per player and sample; P_h (h, r) and the inputs for clipping and factors.
-    P_u: list[list[Tensor]] = [[] for _ in players]
-    P_h: list[list[Tensor]] = [[] for _ in players]
-    inputs: list[list[Tensor]] = [[] for _ in players]
-    shapes: list[list[torch.Size]] = [[] for _ in players]
-    columns_T, v, K = [], [], []
-    for i in range(batch):
-        seen: list[list[Tensor]] = [[] for _ in players]
-        reads: list[list[Tensor]] = [[] for _ in players]
-        handles = []
-        for t, player in enumerate(players):
-
-            def watch(_module, args, out, seen_here=seen[t], reads_here=reads[t]) -> None:
-                reads_here.append(args[0].detach())
-                seen_here.append(out)
-
-            handles.append(player.register_forward_hook(watch))
-        output = model(x[i : i + 1])
-        for handle in handles:
-            handle.remove()
-        gradient, hessian = terminal_derivatives(phi, output, i)
-        if o.terminal == "gauss-newton":
-            eigenvalues, vectors = torch.linalg.eigh(hessian)
-            factor = vectors * eigenvalues.clamp_min(0).sqrt()
-            columns = torch.cat([gradient[:, None], factor], dim=1)
-            curvature = torch.eye(columns.shape[1], dtype=dtype)
-            curvature[0, 0] = 0
-        else:
-            columns = gradient[:, None]
-            curvature = torch.ones(1, 1, dtype=dtype)
-            if o.terminal == "matched":
-                curvature = curvature * matched_curvature(gradient, hessian)
-        columns_T.append(columns)
-        K.append(curvature)
-        v.append(torch.eye(columns.shape[1], dtype=dtype)[0])
-        for t, player in enumerate(players):
-            sources = [*controls(player).values(), *seen[t]]
-            per_column = [
-                torch.autograd.grad(output.reshape(-1), sources, column, retain_graph=True)
-                for column in columns.T
-            ]
-            count = len(controls(player))
-            P_u[t].append(
-                torch.stack(
-                    [torch.cat([g.reshape(-1) for g in gs[:count]]) for gs in per_column], dim=1
-                )
-            )
-            P_h[t].append(
-                torch.stack(
-                    [torch.cat([g.reshape(-1) for g in gs[count:]]) for gs in per_column], dim=1
-                )
-            )
-            inputs[t].append(reads[t][0])
-            shapes[t].append(seen[t][0].shape)
-            if len(seen[t]) > 1:
-                assert o.preconditioner not in ("kfac", "ekfac"), (
-                    "no oracle for factors of several uses"
-                )
+    table = back_propagate(model, players, x, phi, o.terminal) if table is None else table
+    P_u, P_h, v, K = table.P_u, table.P_h, table.v, table.K
 
     # Backward over the players, last to first, on r-vectors and (r, r) matrices.
     v_after: list[list[Tensor]] = [[] for _ in players]
@@ -606,10 +609,11 @@ def graph_step(
             q_moment = Q_bar + o.weight_decay * parameter_vector(players[t])
         rows_in = rows_out = None
         if o.preconditioner in ("kfac", "ekfac"):
-            rows_in = [input_rows(players[t], value) for value in inputs[t]]
+            assert table.uses[t] == 1, "no oracle for the factors of several uses"
+            rows_in = [input_rows(players[t], value) for value in table.inputs[t]]
             rows_out = [
                 output_rows(players[t], shape, P @ c)
-                for shape, P, c in zip(shapes[t], P_h[t], v, strict=True)
+                for shape, P, c in zip(table.shapes[t], P_h[t], v, strict=True)
             ]
         M[t] = Curvature(o, memory.setdefault(t, {})).matrix(
             players[t], q_moment, batch, rows_in, rows_out
@@ -643,12 +647,12 @@ def graph_step(
     for t, player in enumerate(players):
         if o.rollout == "linear":
             change = output_change(model, x, delta)
-            rho[t] = [c.T @ e for c, e in zip(columns_T, change, strict=True)]
+            rho[t] = [c.T @ e for c, e in zip(table.terminal, change, strict=True)]
         elif o.rollout == "off":
-            rho[t] = [torch.zeros_like(c[0]) for c in columns_T]
+            rho[t] = [torch.zeros_like(c[0]) for c in table.terminal]
         else:
             raise ValueError("the graph oracle has no nonlinear rollout")
-        d = torch.zeros(len(P_u[t][0]), dtype=dtype)
+        d = torch.zeros(len(P_u[t][0]), dtype=P_u[t][0].dtype)
         for i in range(batch):
             y = P_h[t][i] @ v_after[t][i]
             feedback = K_after[t][i] @ rho[t][i]

@@ -8,7 +8,21 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from oracles import Linearised, Options, Part, Plain, RowLoss, linearise, row_losses
+from oracles import (
+    Columns,
+    GraphResult,
+    Linearised,
+    Options,
+    Part,
+    Plain,
+    Result,
+    RowLoss,
+    back_propagate,
+    ddp_step,
+    graph_step,
+    linearise,
+    row_losses,
+)
 from torch import Tensor, nn
 
 TERMINALS = ("outer-product", "matched", "gauss-newton")
@@ -59,6 +73,23 @@ class Case:
     @functools.cached_property
     def table(self) -> list[list[Linearised]]:
         return linearise(self.stages, self.x)
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, Columns]:
+        return {}
+
+    def chain_step(self, options: Options) -> Result:
+        """The dense oracle's step; the Jacobians are computed once per case."""
+        return ddp_step(self.stages, self.x, self.phi, options, table=self.table)
+
+    def graph_step(self, options: Options) -> GraphResult:
+        """The graph oracle's step; the columns are back-propagated once per case and terminal."""
+        if options.terminal not in self._columns:
+            self._columns[options.terminal] = back_propagate(
+                self.model, self.players, self.x, self.phi, options.terminal
+            )
+        columns = self._columns[options.terminal]
+        return graph_step(self.model, self.players, self.x, self.phi, options, table=columns)
 
 
 def in_float64(build: Callable[..., Case]) -> Callable[..., Case]:

@@ -20,10 +20,10 @@ grouped_case = functools.cache(lambda: cases.conv_chain(groups=2))
 
 def check(case: cases.Case, options: Options) -> None:
     """The package's step is the oracle's, and it is not the step without feedback."""
-    expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+    expected = case.chain_step(options)
     if options.rollout != "off":
         without = dataclasses.replace(options, rollout="off")
-        open_loop = ddp_step(case.stages, case.x, case.phi, without, table=case.table)
+        open_loop = case.chain_step(without)
         assert distance(expected.new, open_loop.new) > 1e-3, "the feedback must matter here"
     if options.feedback_clip is not None and options.rollout != "off":
         scales = expected.scales()
@@ -80,9 +80,7 @@ def test_momentum_and_weight_decay_in_one_step(preconditioner, rollout):
     )
     plain = dataclasses.replace(options, weight_decay=0.0)
     case = fc_case()
-    decayed, bare = (
-        ddp_step(case.stages, case.x, case.phi, o, table=case.table).new for o in (options, plain)
-    )
+    decayed, bare = (case.chain_step(o).new for o in (options, plain))
     assert distance(decayed, bare) > 1e-3
     check(case, options)
 
@@ -129,7 +127,7 @@ def test_several_steps(bellman, preconditioner, momentum, weight_decay):
 def test_the_first_factors_are_the_batch_s(preconditioner):
     """However much is smoothed later, the first step's factors are those of its batch."""
     case, options = fc_case(), cases.options_for(preconditioner)
-    expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+    expected = case.chain_step(options)
     kind = {"kfac": ocnopt.curvature.KFAC, "ekfac": ocnopt.curvature.EKFAC}[preconditioner]
     smoothed = kind(damping=options.damping, decay=0.95, update_every=7)
     actual = comparison.package_step(case, options, preconditioner=smoothed)
@@ -144,7 +142,7 @@ def test_accumulation(terminal, preconditioner, parts):
     for bellman in ("share", "joint"):
         options = cases.options_for(preconditioner, terminal=terminal, bellman=bellman)
         case = fc_case()
-        expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+        expected = case.chain_step(options)
         actual = comparison.package_step(case, options, parts=parts)
         comparison.assert_same_step(case, actual, expected.new)
 
@@ -157,5 +155,5 @@ def test_a_batch_of_one():
     for bellman in ("share", "sample"):
         options = Options(lr=0.5, bellman=bellman, terminal="gauss-newton")
         check(case, options)
-        steps[bellman] = ddp_step(case.stages, case.x, case.phi, options, table=case.table).new
+        steps[bellman] = case.chain_step(options).new
     assert distance(steps["share"], steps["sample"]) < 1e-12

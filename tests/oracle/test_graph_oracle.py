@@ -16,7 +16,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from oracles import Options, ddp_step, distance, graph_step
+from oracles import Options, distance
 from torch import Tensor, nn
 
 GRAPHS = {
@@ -42,9 +42,9 @@ def test_linear_rollout(name, terminal, preconditioner):
         options = cases.options_for(
             preconditioner, terminal=terminal, bellman=bellman, feedback_clip=clip
         )
-        expected = graph_step(case.model, case.players, case.x, case.phi, options)
+        expected = case.graph_step(options)
         without = dataclasses.replace(options, rollout="off")
-        open_loop = graph_step(case.model, case.players, case.x, case.phi, without)
+        open_loop = case.graph_step(without)
         assert distance(expected.new, open_loop.new) > 1e-3, "the feedback must matter here"
         actual = comparison.package_step(case, options)
         comparison.assert_same_step(case, actual, expected.new, tolerance=1e-8)
@@ -66,10 +66,10 @@ def test_nonlinear_rollout(name, terminal, preconditioner):
             rollout="nonlinear",
             feedback_clip=clip,
         )
-        expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+        expected = case.chain_step(options)
         changed = {"rollout": "linear"} if clip is None else {"feedback_clip": None}
         neighbour = dataclasses.replace(options, **changed)
-        other = ddp_step(case.stages, case.x, case.phi, neighbour, table=case.table)
+        other = case.chain_step(neighbour)
         assert distance(expected.new, other.new) > 1e-5, "rollout and bound must matter here"
         actual = comparison.package_step(case, options)
         comparison.assert_same_step(case, actual, expected.new, tolerance=1e-8)
@@ -153,7 +153,7 @@ def test_random_graphs(plan, terminal, bellman, clip, preconditioner):
         feedback_clip=clip,
         eps=1e-2,
     )
-    expected = graph_step(model, case.players, x, case.phi, options)
+    expected = case.graph_step(options)
     actual = comparison.package_step(case, options)
     for name, p in model.named_parameters():
         assert torch.allclose(actual[name], expected.new[p], rtol=1e-9, atol=1e-10), name
@@ -167,7 +167,6 @@ def test_random_graphs_have_feedback_and_sharing():
     case = cases.Case(model, [], torch.randn(3, 2), torch.tensor([0, 1, 1]), nn.CrossEntropyLoss())
     assert case.players == [model.layers[0], model.layers[1], model.head]
     with_feedback, without = (
-        graph_step(model, case.players, case.x, case.phi, Options(lr=0.3, rollout=rollout))
-        for rollout in ("linear", "off")
+        case.graph_step(Options(lr=0.3, rollout=rollout)) for rollout in ("linear", "off")
     )
     assert distance(with_feedback.new, without.new) > 1e-3

@@ -10,7 +10,7 @@ import cases
 import comparison
 import pytest
 import torch
-from oracles import Options, distance, graph_step
+from oracles import Options, distance
 from torch import Tensor, nn
 
 
@@ -134,9 +134,9 @@ def test_layer(name, preconditioner):
         options = cases.options_for(
             preconditioner, terminal=terminal, bellman=bellman, feedback_clip=clip, eps=1e-3
         )
-        expected = graph_step(case.model, case.players, case.x, case.phi, options)
+        expected = case.graph_step(options)
         without = dataclasses.replace(options, rollout="off", bellman="off")
-        first_order = graph_step(case.model, case.players, case.x, case.phi, without)
+        first_order = case.graph_step(without)
         assert distance(expected.new, first_order.new) > 1e-3, "feedback must matter here"
         actual = comparison.package_step(case, options)
         comparison.assert_same_step(case, actual, expected.new)

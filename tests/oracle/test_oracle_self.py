@@ -9,10 +9,8 @@ import pytest
 import torch
 from oracles import (
     Options,
-    ddp_step,
     directional_loss_change,
     distance,
-    graph_step,
     relative_error,
     row_losses,
     terminal_derivatives,
@@ -39,13 +37,7 @@ def test_stages_compute_what_the_model_computes(name):
 @pytest.mark.parametrize("name", CHAIN)
 def test_value_gradient_without_recursion_is_autograd(name):
     case = CHAIN[name]()
-    result = ddp_step(
-        case.stages,
-        case.x,
-        case.phi,
-        Options(lr=0.3, bellman="off", rollout="off"),
-        table=case.table,
-    )
+    result = case.chain_step(Options(lr=0.3, bellman="off", rollout="off"))
     loss = case.criterion(case.model(case.x), case.y)
     for p, g in zip(
         case.model.parameters(),
@@ -66,9 +58,8 @@ def test_value_gradient_without_recursion_is_autograd(name):
 def test_dense_recursion_equals_coefficients(name, preconditioner):
     """Alg. 3 with dense matrices == back-propagated columns with r x r coefficients (Prop. 3)."""
     case = CHAIN[name]()
-    for terminal, bellman, clip in itertools.product(
-        cases.TERMINALS, cases.RECURSIONS, (None, 0.1)
-    ):
+    recursions = cases.RECURSIONS if name == "fc" else ("share", "joint")
+    for terminal, bellman, clip in itertools.product(cases.TERMINALS, recursions, (None, 0.1)):
         options = cases.options_for(
             preconditioner,
             terminal=terminal,
@@ -77,10 +68,8 @@ def test_dense_recursion_equals_coefficients(name, preconditioner):
             weight_decay=0.01,
             momentum=0.9,
         )
-        dense_memory: dict = {}
-        graph_memory: dict = {}
-        dense = ddp_step(case.stages, case.x, case.phi, options, dense_memory, case.table)
-        graph = graph_step(case.model, case.players, case.x, case.phi, options, graph_memory)
+        dense = case.chain_step(options)
+        graph = case.graph_step(options)
         assert set(dense.new) == set(graph.new) == set(case.model.parameters())
         assert distance(graph.new, dense.new) < 1e-9, (terminal, bellman, clip)
 
@@ -88,13 +77,7 @@ def test_dense_recursion_equals_coefficients(name, preconditioner):
 def test_coefficients_carry_the_predicted_loss_change():
     """rho of player t is the derivative of the sample's own loss along the earlier updates."""
     case = cases.used_twice()
-    result = graph_step(
-        case.model,
-        case.players,
-        case.x,
-        case.phi,
-        Options(lr=0.4, terminal="outer-product", feedback_clip=None),
-    )
+    result = case.graph_step(Options(lr=0.4, terminal="outer-product", feedback_clip=None))
     names = [n for n in result.delta if not n.startswith("head")]
     assert len(names) == 4
     earlier = {n: result.delta[n] for n in names}
@@ -109,15 +92,7 @@ def test_linear_differential_is_the_derivative_of_the_nonlinear_one():
     gaps = []
     for lr in (4e-3, 2e-3):
         ends = [
-            ddp_step(
-                case.stages,
-                case.x,
-                case.phi,
-                Options(lr=lr, rollout=rollout, terminal="gauss-newton"),
-                table=case.table,
-            )
-            .stages[-1]
-            .dx
+            case.chain_step(Options(lr=lr, rollout=rollout, terminal="gauss-newton")).stages[-1].dx
             for rollout in ("linear", "nonlinear")
         ]
         gaps.append(max(float((a - b).norm()) for a, b in zip(*ends, strict=True)))
@@ -135,8 +110,14 @@ def test_terminal_derivatives_of_cross_entropy():
         assert relative_error(hessian, torch.diag(p) - torch.outer(p, p)) < 1e-12
 
 
-@pytest.mark.parametrize("preconditioner", cases.PRECONDITIONERS)
-@pytest.mark.parametrize("build", [cases.fc_chain, cases.conv_chain])
+@pytest.mark.parametrize(
+    ("build", "preconditioner"),
+    [
+        *itertools.product([cases.fc_chain], cases.PRECONDITIONERS),
+        (cases.conv_chain, "identity"),
+        (cases.conv_chain, "kfac"),
+    ],
+)
 def test_every_choice_makes_a_different_step(build, preconditioner):
     """Two options with the same step could not be told apart by a comparison."""
     case = build()
@@ -150,7 +131,7 @@ def test_every_choice_makes_a_different_step(build, preconditioner):
         options = cases.options_for(
             preconditioner, terminal=terminal, bellman=bellman, rollout=rollout, feedback_clip=clip
         )
-        result = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+        result = case.chain_step(options)
         steps[terminal, bellman, rollout, clip] = result.new
     for (a, one), (b, other) in itertools.combinations(steps.items(), 2):
         assert distance(one, other) > 1e-7, (a, b, distance(one, other))
@@ -160,5 +141,5 @@ def test_every_choice_makes_a_different_step(build, preconditioner):
         bellman="off",
         rollout="off",
     )
-    baseline = ddp_step(case.stages, case.x, case.phi, open_loop, table=case.table).new
+    baseline = case.chain_step(open_loop).new
     assert min(distance(step, baseline) for step in steps.values()) > 2e-3

@@ -10,7 +10,7 @@ import cases
 import comparison
 import pytest
 import torch
-from oracles import Options, ddp_step, distance, graph_step
+from oracles import Options, distance
 from torch import nn
 
 import ocnopt
@@ -72,9 +72,9 @@ def test_curvature_of_the_criterion(name, terminal):
     case = build(name)
     for bellman, rollout in (("share", "linear"), ("literal", "nonlinear")):
         options = Options(lr=0.6, terminal=terminal, bellman=bellman, rollout=rollout)
-        expected = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+        expected = case.chain_step(options)
         plain = Options(lr=0.6, bellman="off", rollout="off")
-        first_order = ddp_step(case.stages, case.x, case.phi, plain, table=case.table)
+        first_order = case.chain_step(plain)
         assert distance(expected.new, first_order.new) > 1e-2, "curvature must matter here"
         actual = comparison.package_step(case, options)
         comparison.assert_same_step(case, actual, expected.new)
@@ -86,7 +86,7 @@ def test_criteria_differ():
     for name in CRITERIA:
         case = build(name)
         options = Options(lr=0.6, terminal="gauss-newton")
-        new = ddp_step(case.stages, case.x, case.phi, options, table=case.table).new
+        new = case.chain_step(options).new
         steps[name] = [new[p] for p in case.model.parameters()]
     for name, step in steps.items():
         same = [
@@ -102,7 +102,7 @@ def test_an_ignored_sample_has_no_cost(terminal):
     """Its derivatives vanish: kappa is 0 by definition, and nothing turns into a NaN."""
     case = build("ignored target")
     options = Options(lr=0.6, terminal=terminal)
-    result = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+    result = case.chain_step(options)
     assert all(float(stage.V_x[1].abs().max()) == 0 for stage in result.stages)
     actual = comparison.package_step(case, options)
     assert all(torch.isfinite(value).all() for value in actual.values())
@@ -132,8 +132,8 @@ def test_several_targets_per_sample(terminal, weighted):
     y = torch.tensor([[0, 2], [1, -100], [2, 2]])
     case = cases.Case(model, [], torch.randn(3, 3), y, nn.CrossEntropyLoss(weight=weight))
     options = Options(lr=0.6, terminal=terminal)
-    expected = graph_step(model, case.players, case.x, case.phi, options)
+    expected = case.graph_step(options)
     plain = Options(lr=0.6, bellman="off", rollout="off")
-    first_order = graph_step(model, case.players, case.x, case.phi, plain)
+    first_order = case.graph_step(plain)
     assert distance(expected.new, first_order.new) > 1e-2, "curvature must matter here"
     comparison.assert_same_step(case, comparison.package_step(case, options), expected.new)

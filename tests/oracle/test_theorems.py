@@ -14,7 +14,6 @@ import pytest
 import torch
 from oracles import (
     Options,
-    ddp_step,
     distance,
     parameter_vector,
     player_of,
@@ -105,9 +104,7 @@ def test_proposition_2_needs_its_premise():
     case = cases.fc_chain()
     options = Options(lr=0.2, terminal="gauss-newton")
     baseline = Options(lr=0.2, bellman="off", rollout="off")
-    steps = [
-        ddp_step(case.stages, case.x, case.phi, o, table=case.table) for o in (options, baseline)
-    ]
+    steps = [case.chain_step(o) for o in (options, baseline)]
     assert distance(steps[0].new, steps[1].new) > 1e-2
     assert any(float(q.abs().max()) > 1e-2 for stage in steps[0].stages for q in stage.Q_ux)
 
@@ -234,16 +231,10 @@ def test_proposition_3(terminal, build):
             assert relative_error(factors[-1] @ factors[-1].T, hessian) < 1e-12
     lr = 0.05
     options = Options(lr=lr, terminal=terminal, bellman="literal")
-    dense = ddp_step(case.stages, case.x, case.phi, options, table=case.table)
+    dense = case.chain_step(options)
     factorised = factorised_step(case, lr, factors)
     assert distance(factorised, dense.new) < 1e-12
-    without = ddp_step(
-        case.stages,
-        case.x,
-        case.phi,
-        Options(lr=lr, bellman="off", rollout="off"),
-        table=case.table,
-    )
+    without = case.chain_step(Options(lr=lr, bellman="off", rollout="off"))
     assert distance(dense.new, without.new) > 1e-3
     comparison.assert_same_step(case, comparison.package_step(case, options), factorised)
     # V_xx keeps the terminal rank at every stage
@@ -317,7 +308,7 @@ def test_theorem_1(preconditioner):
     comparison.assert_same_step(case, comparison.package_step(case, off), expected)
     # Keeping Q_theta,x and Q_xx gives another method: the theorem is about the first order.
     on = Options(lr=lr, preconditioner=preconditioner, bellman="share", rollout="linear")
-    kept = ddp_step(case.stages, case.x, case.phi, on, table=case.table)
+    kept = case.chain_step(on)
     assert distance(kept.new, expected) > 1e-2
 
 
