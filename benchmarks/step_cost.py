@@ -1,0 +1,230 @@
+"""Time per step and peak memory of every optimizer, relative to torch.optim.SGD.
+
+    python benchmarks/step_cost.py [--threads 1] [--device cpu] [--rounds 40] [--nets fcn,cnn]
+
+All optimizers take turns in one run, one step each per round, and the median is reported: what the
+machine does meanwhile hits all of them alike. Memory is the peak of live tensor storage during a
+step, beyond what exists before it, counted operation by operation.
+
+The floor: a step of SGD is three products per layer (forward, input gradients, weight gradients).
+The linear rollout adds one (the update applied to the recorded inputs) and a weight gradient of
+its own, as ``.grad`` stays what the loop expects: 5/3. The share recursion needs the norm of every
+sample's gradient: nothing to speak of for M = I on linear layers, a product with per-sample
+gradients where there are locations, one more product per layer where M is diagonal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ocnopt
+
+Net = tuple[nn.Module, Tensor, Tensor]
+
+
+def fcn() -> Net:
+    """Five layers of DIGITS size, batch 8: nothing but overhead."""
+    widths = [64, 32, 32, 32, 16]
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(16, 10))
+    return model, torch.randn(8, 64), torch.randint(10, (8,))
+
+
+def cnn() -> Net:
+    """Four 3x3 convolutions with 32 channels on MNIST images, batch 128."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate([(1, 32), (32, 32), (32, 32), (32, 32)]):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        if i % 2:
+            layers.append(nn.MaxPool2d(2))
+    model = nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+    return model, torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
+
+
+def mlp() -> Net:
+    """Six layers of width 1024, batch 256: nothing but products."""
+    layers: list[nn.Module] = []
+    for _ in range(5):
+        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(1024, 1024))
+    return model, torch.randn(256, 1024), torch.randint(10, (256,))
+
+
+class Transformer(nn.Module):
+    """Two encoder layers on characters."""
+
+    def __init__(self, vocabulary: int = 64, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, vocabulary, time)."""
+        return self.head(self.encoder(self.embedding(x))).transpose(1, 2)
+
+
+def transformer() -> Net:
+    """Batch 32 of 64 characters."""
+    return Transformer(), torch.randint(64, (32, 64)), torch.randint(64, (32, 64))
+
+
+NETS: dict[str, Callable[[], Net]] = {
+    "fcn": fcn,
+    "cnn": cnn,
+    "mlp": mlp,
+    "transformer": transformer,
+}
+
+CRITERION = nn.CrossEntropyLoss()
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
+    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-4),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-4),
+    "KFAC": lambda m: ocnopt.KFAC(m, CRITERION, lr=1e-4),
+    "EKFAC": lambda m: ocnopt.EKFAC(m, CRITERION, lr=1e-4),
+    "DDPNOpt": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3),
+    "DDPNOpt, no recursion": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, bellman="off"),
+    "DDPNOpt, both off": lambda m: ocnopt.DDPNOpt(
+        m, CRITERION, lr=1e-3, bellman="off", rollout="off"
+    ),
+    "DDPNOpt rmsprop": lambda m: ocnopt.DDPNOpt(
+        m, CRITERION, lr=1e-4, preconditioner="rmsprop"
+    ),
+    "DDPNOpt rmsprop, no recursion": lambda m: ocnopt.DDPNOpt(
+        m, CRITERION, lr=1e-4, preconditioner="rmsprop", bellman="off"
+    ),
+    "DDPNOpt adam": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="adam"),
+    "DDPNOpt kfac": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="kfac"),
+    "DDPNOpt ekfac": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="ekfac"),
+    "DDPNOpt nonlinear": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, rollout="nonlinear"),
+}
+
+
+class Live(TorchDispatchMode):
+    """Peak bytes of tensor storage alive, seen after every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what the operation returned, forget what has died."""
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and not x.is_sparse:
+                storage = x.untyped_storage()
+                known = self.alive.get(storage._cdata)
+                if known is None or known[0].expired():
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+class Run:
+    """One optimizer on its own copy of a net."""
+
+    def __init__(self, net: str, name: str, device: torch.device) -> None:
+        torch.manual_seed(0)
+        model, x, y = NETS[net]()
+        self.model, self.x, self.y = model.to(device), x.to(device), y.to(device)
+        self.optimizer = OPTIMIZERS[name](self.model)
+        self.device = device
+        self.times: list[float] = []
+
+    def step(self) -> None:
+        """One step of the ordinary loop."""
+        self.optimizer.zero_grad()
+        CRITERION(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def timed(self) -> None:
+        """One step, on the clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - start)
+
+    def memory(self) -> int:
+        """Peak bytes of one step: parameters, and all that the step allocates."""
+        held = sum(p.nbytes for p in self.model.parameters())
+        for state in self.optimizer.state.values():
+            held += sum(t.nbytes for t in state.values() if isinstance(t, Tensor))
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated() - before + held
+        with Live() as live:
+            self.step()
+        return live.peak + held
+
+
+def measure(net: str, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds and peak bytes per optimizer."""
+    runs = {name: Run(net, name, device) for name in OPTIMIZERS}
+    for run in runs.values():
+        for _ in range(3):
+            run.step()
+    for _ in range(rounds):
+        for run in runs.values():
+            run.timed()
+    return {
+        name: {"seconds": statistics.median(run.times), "bytes": float(run.memory())}
+        for name, run in runs.items()
+    }
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    device = torch.device(asked.device)
+    figures = {}
+    for net in asked.nets.split(","):
+        rounds = asked.rounds * (5 if net == "fcn" else 1)
+        figures[net] = table = measure(net, device, rounds)
+        base = table["SGD"]
+        print(f"\n{net}: SGD {base['seconds'] * 1e3:.2f} ms, {base['bytes'] / 2**20:.1f} MiB")
+        print(f"{'':32s} {'time':>6s} {'memory':>7s}   (floor of the linear rollout: 1.67)")
+        for name, row in table.items():
+            print(
+                f"{name:32s} {row['seconds'] / base['seconds']:6.2f} "
+                f"{row['bytes'] / base['bytes']:7.2f}"
+            )
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
