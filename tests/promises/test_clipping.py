@@ -38,7 +38,10 @@ def pair(name="identity", **options):
 @pytest.mark.parametrize("terminal", ["matched", "outer-product", "gauss-newton"])
 @pytest.mark.parametrize("bellman", ["share", "joint", "off"])
 def test_clip_factor_is_a_learning_rate(bellman, terminal, clip):
-    """The step for c times the gradient is the step at learning rate c * lr."""
+    """The step for c times the gradient is the step at learning rate c * lr.
+
+    Not so for "sample" and "literal": their Q_uu holds the learning rate, but no sample's weight.
+    """
     criterion, (one, first), (two, second) = pair(
         bellman=bellman, terminal=terminal, feedback_clip=clip
     )
@@ -58,7 +61,7 @@ def test_clip_factor_is_a_learning_rate(bellman, terminal, clip):
 
 
 @pytest.mark.parametrize("name", ["identity", "rmsprop", "adam", "kfac", "ekfac"])
-@pytest.mark.parametrize("bellman", ["share", "joint"])
+@pytest.mark.parametrize("bellman", ["share", "sample", "joint", "literal", "off"])
 def test_scaled_gradient_is_the_gradient_of_the_scaled_loss(name, bellman):
     """Clipping, seen as a factor on the loss, for every preconditioner that sees the gradient.
 

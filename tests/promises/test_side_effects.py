@@ -99,12 +99,34 @@ def test_a_pass_never_differentiated_is_freed(name, calls, options):
     inner = model.refs[:-1]
     del out, loss
     if options:
-        # Edges of the graph are kept for a second call of the criterion, until it cannot come.
-        optimizer.zero_grad()
+        # Of rank r the last pass is kept for a call of the criterion, until that cannot come.
+        step(model, optimizer, criterion, x, y)
     gc.collect()
     alive = [i for i, r in enumerate(inner) if r() is not None]
     assert not alive, alive
     step(model, optimizer, criterion, x, y)
+
+
+@pytest.mark.parametrize("options", [{}, {"terminal": "gauss-newton"}], ids=["rank1", "rankr"])
+@pytest.mark.parametrize("calls", ["model", "criterion"])
+def test_many_passes_never_differentiated(calls, options):
+    """A validation loop that forgot no_grad: at most the last pass is alive."""
+    model = Spy()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1, **options)
+    x, y = batch()
+    for _ in range(5):
+        out = model(x)
+        if calls == "criterion":
+            criterion(out, y)
+    del out
+    gc.collect()
+    alive = [i for i, r in enumerate(model.refs) if r() is not None]
+    assert all(i >= 4 * len(model.body) for i in alive), alive
+    step(model, optimizer, criterion, x, y)
+    gc.collect()
+    assert not [i for i, r in enumerate(model.refs) if r() is not None]
+    assert_feedback_active(optimizer)
 
 
 @pytest.mark.parametrize("where", ["before loss", "before backward", "after step"])
