@@ -110,7 +110,10 @@ def test_a_pass_never_differentiated_is_freed(name, calls, options):
 @pytest.mark.parametrize("options", [{}, {"terminal": "gauss-newton"}], ids=["rank1", "rankr"])
 @pytest.mark.parametrize("calls", ["model", "criterion"])
 def test_many_passes_never_differentiated(calls, options):
-    """A validation loop that forgot no_grad: at most the last pass is alive."""
+    """A validation loop that forgot no_grad: at most the last pass is alive.
+
+    Of rank r, calls of the model alone could all belong to one criterion that is yet to be called.
+    """
     model = Spy()
     criterion = nn.CrossEntropyLoss()
     optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1, **options)
@@ -122,7 +125,8 @@ def test_many_passes_never_differentiated(calls, options):
     del out
     gc.collect()
     alive = [i for i, r in enumerate(model.refs) if r() is not None]
-    assert all(i >= 4 * len(model.body) for i in alive), alive
+    if not options or calls == "criterion":
+        assert all(i >= 4 * len(model.body) for i in alive), alive
     step(model, optimizer, criterion, x, y)
     gc.collect()
     assert not [i for i, r in enumerate(model.refs) if r() is not None]
