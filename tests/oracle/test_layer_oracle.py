@@ -32,7 +32,20 @@ def frozen(layer: nn.Module, name: str) -> nn.Module:
     return layer
 
 
+class Folded(nn.Module):
+    """A Linear that is handed positions as rows: (B, T, n) as (B * T, n)."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(inside, outside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.inner(x.reshape(-1, x.shape[-1]))
+        return rows.reshape(*x.shape[:-1], -1)
+
+
 LAYERS = {
+    "Linear on folded rows": lambda: (nn.Linear(3, 3), Folded(3, 2), 8, (3, 4, 3)),
     "Linear on sequences": lambda: (nn.Linear(3, 3), nn.Linear(3, 2), 8, (3, 4, 3)),
     "Linear on a grid": lambda: (nn.Linear(2, 2), nn.Linear(2, 2), 12, (3, 2, 3, 2)),
     "Linear without bias": lambda: (nn.Linear(3, 3), nn.Linear(3, 4, bias=False), 4, (3, 3)),
@@ -89,6 +102,7 @@ LAYERS = {
 }
 # Kinds whose Kronecker factors are specified: one location axis and ungrouped.
 FACTORED = (
+    "Linear on folded rows",
     "Linear on sequences",
     "Linear without bias",
     "Linear on a grid",

@@ -117,6 +117,42 @@ def test_rollouts_agree_to_second_order(name):
     assert float(gaps[0] / gaps[1]) == pytest.approx(8, rel=0.2)
 
 
+def decreases(case: cases.Case, lr: float, **options) -> tuple[float, float]:
+    """What the package says that its step will do to the loss, and what it measures."""
+    model, criterion = copy.deepcopy(case.model), copy.deepcopy(case.criterion)
+    optimizer = comparison.optimizer_for(
+        model, criterion, Options(lr=lr, terminal="gauss-newton"), measure_every=1, **options
+    )
+    before = comparison.train_step(optimizer, model, criterion, case.x, case.y)
+    after = criterion(model(case.x), case.y).detach()
+    total = optimizer.diagnostics.total
+    assert total.actual_decrease == pytest.approx(float(before - after), rel=1e-9)
+    return total.predicted_decrease, total.actual_decrease
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("preconditioner", ["identity", "kfac"])
+def test_diagnostics_predict_the_decrease_to_second_order(name, preconditioner):
+    """The decrease that the optimizer reports as predicted misses the true one by O(lr^2)."""
+    case = smooth(GRAPHS[name]())
+    errors = []
+    for lr in (2e-3, 1e-3):
+        predicted, actual = decreases(case, lr, preconditioner=preconditioner)
+        assert actual > 1e-6
+        errors.append(abs(predicted - actual))
+    assert errors[0] / errors[1] == FOURFOLD
+
+
+def test_diagnostics_are_exact_where_the_model_of_the_cost_is():
+    """One layer and a quadratic cost: nothing is left out, at any learning rate."""
+    model = nn.Linear(3, 2)
+    case = cases.Case(model, [], torch.randn(4, 3), torch.randn(4, 2), nn.MSELoss())
+    for lr in (0.1, 1.0):
+        predicted, actual = decreases(case, lr)
+        assert abs(actual) > 1e-2
+        assert predicted == pytest.approx(actual, rel=1e-10)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_whole_step_moves_every_sample_as_predicted(name):
     """A whole step of the package changes phi_i by its directional derivative up to O(lr^2)."""
