@@ -22,6 +22,7 @@ from ocnopt.control.players import Player
 from ocnopt.control.terminal import TerminalCost
 
 if TYPE_CHECKING:
+    from ocnopt.control.replay import Setting
     from ocnopt.control.tape import Tape
 
 __all__ = ["Pass", "Recorder", "TerminalCall", "Use", "count_samples", "sample_of"]
@@ -132,6 +133,7 @@ class Pass:
         self.calls: list[TerminalCall] = []
         self.edges: list[tuple[HasColumns, GradientEdge]] = []
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.setting: Setting | None = None
         self.tape: Tape | None = None
         self.forwards = 0
         self.first: weakref.ref[Use] | None = None
@@ -141,6 +143,12 @@ class Pass:
     def abandoned(self) -> bool:
         """Whether the graph of the first call is gone, so that no gradient can arrive."""
         return self.first is not None and self.first() is None
+
+    def let_go(self) -> None:
+        """Drop the graph's edges: through its hooks the graph knows the pass, a cycle."""
+        self.edges = []
+        if self.tape is not None:
+            self.tape.new_edges = []
 
     def settle(self) -> None:
         """Add up what the backward passes that count have brought."""
@@ -276,6 +284,8 @@ class Recorder:
             param.grad is None for player in self.players for param in player.params
         ):
             self.clear()
+        if self.current is not None:
+            self.current.let_go()
         self.current = Pass()
         return self.current
 
@@ -353,7 +363,7 @@ class Recorder:
             return
         # The edges keep the graph alive. A second call of the criterion in the same pass needs
         # them too, so they go when the gradient arrives.
-        use.owner.edges = []
+        use.owner.let_go()
         use.pending = grad.detach()
         use.task = torch._C._current_graph_task_id()
         self._pending[use.player.index].append(use)
@@ -397,9 +407,10 @@ class Recorder:
         self.passes = []
         current = self.current
         if current is not None and current.received:
+            current.let_go()
             self.current = None
         elif current is not None and current.calls:
-            current.edges = []  # its columns are known
+            current.let_go()  # its columns are known
         self._pending = [[] for _ in self.players]
 
 

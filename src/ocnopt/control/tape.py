@@ -10,8 +10,8 @@ receives its own gradient ``P_e``. In the second pass, at the start of player t,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ocnopt.control.players import Player
 from ocnopt.control.record import Arrivals
 from ocnopt.errors import GraphError
 
-__all__ = ["Replay", "Tape"]
+__all__ = ["Tape"]
 
 
 class Edge:
@@ -77,15 +77,6 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-@dataclass
-class Setting:
-    """What a second pass must restore to be the first one again."""
-
-    cpu_random: Tensor
-    device_random: list[tuple[torch.device, Tensor]]
-    autocast: list[tuple[str, bool, torch.dtype]]
-
-
 class Tape:
     """The edges of one forward pass, and where its players start.
 
@@ -102,7 +93,6 @@ class Tape:
         self.paused = False
         self.edges: list[Edge] = []
         self.starts: list[Player] = []
-        self.setting = capture_setting(model)
         self.needed: dict[int, Tensor] = {}
         self.on_start: Callable[[Player], None] | None = None
         self.new_edges: list[tuple[Edge, GradientEdge]] = []
@@ -127,6 +117,19 @@ class Tape:
             for player in self._players
         ]
         self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def second_pass(self, on_start: Callable[[Player], None]) -> Iterator[None]:
+        """Watch the model run again; ``on_start`` is called before a player's first call."""
+        self._wanted = {edge.number for edge in self.edges}
+        self.needed = {}
+        self.on_start = on_start
+        self._open(forking=False)
+        try:
+            yield
+        finally:
+            self._close()
+            self.on_start = None
 
     def _close(self) -> None:
         if self._mode is not None:
@@ -219,82 +222,3 @@ def _start_hook(tape: Tape, player: Player) -> Callable[..., None]:
         tape.start(player)
 
     return hook
-
-
-class Replay:
-    """Runs the recorded pass again, with a callback at every player's turn.
-
-    Args:
-        tape: The first pass.
-        inputs: Arguments of the model's forward.
-    """
-
-    def __init__(self, tape: Tape, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        self.tape = tape
-        self.inputs = inputs
-
-    def run(self, on_start: Callable[[Player], None]) -> Any:
-        """Run, with buffers (BatchNorm statistics) and random state guarded.
-
-        Args:
-            on_start: Called before a player's first call.
-
-        Returns:
-            The model's output.
-        """
-        tape = self.tape
-        tape._wanted = {edge.number for edge in tape.edges}
-        tape.needed = {}
-        tape.on_start = on_start
-        args, kwargs = self.inputs
-        with guarded(tape.model, tape.setting):
-            tape._open(forking=False)
-            try:
-                return tape.model.forward(*args, **kwargs)
-            finally:
-                tape._close()
-                tape.on_start = None
-
-
-def capture_setting(model: nn.Module) -> Setting:
-    """Random state and autocast as they are now."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    kinds = {"cpu", *(d.type for d in devices)}
-    return Setting(
-        torch.get_rng_state(),
-        [(d, torch.cuda.get_rng_state(d)) for d in devices],
-        [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds],
-    )
-
-
-class guarded:
-    """A second pass that leaves no trace: same random numbers, buffers put back."""
-
-    def __init__(self, model: nn.Module, setting: Setting) -> None:
-        self.model = model
-        self.setting = setting
-
-    def __enter__(self) -> None:
-        self.buffers = [(b, b.clone()) for b in self.model.buffers()]
-        self.random = torch.get_rng_state()
-        self.device_random = [
-            (d, torch.cuda.get_rng_state(d)) for d, _ in self.setting.device_random
-        ]
-        torch.set_rng_state(self.setting.cpu_random)
-        for device, state in self.setting.device_random:
-            torch.cuda.set_rng_state(state, device)
-        self.casts = [
-            torch.autocast(kind, dtype=dtype, enabled=on)
-            for kind, on, dtype in self.setting.autocast
-        ]
-        for cast in self.casts:
-            cast.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        for cast in reversed(self.casts):
-            cast.__exit__(None, None, None)
-        torch.set_rng_state(self.random)
-        for device, state in self.device_random:
-            torch.cuda.set_rng_state(state, device)
-        for buffer, kept in self.buffers:
-            buffer.copy_(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from ocnopt.control.bellman import RECURSIONS
 from ocnopt.control.diagnostics import Diagnostics, Ledger
 from ocnopt.control.players import Player
 from ocnopt.control.record import Pass, Recorder, sample_of
+from ocnopt.control.replay import capture_setting, run_again
 from ocnopt.control.sweep import Stage, Sweep
-from ocnopt.control.tape import Replay, Tape
+from ocnopt.control.tape import Tape
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.curvature import Identity, Preconditioner, preconditioner
 from ocnopt.errors import GraphError, OptionError, RecordingError
@@ -83,14 +85,19 @@ class FeedbackOptimizer(ModelOptimizer):
             "preconditioner": preconditioner(preconditioner_).options(),
         }
         super().__init__(model, defaults, params)
-        self._rebuild_recorder()
+        self._hook()
 
     @property
     def feedback_on(self) -> bool:
         """Whether the step differs from the lender's."""
         return self.bellman != "off" or self.rollout != "off"
 
-    def _rebuild_recorder(self) -> None:
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next step measures its actual decrease."""
+        return self.measure_every > 0 and (self._steps + 1) % self.measure_every == 0
+
+    def _hook(self) -> None:
         """Hook the model where anything has to be recorded."""
         factored = any(self._build(group).factored for group in self.param_groups)
         if not (self.feedback_on or factored or self.measure_every):
@@ -101,9 +108,7 @@ class FeedbackOptimizer(ModelOptimizer):
             self.players if self.feedback_on or factored else [],
             self.criterion,
             self.terminal,
-            _Watcher(self.model, self.players, self.terminal.rank_r, self.rollout)
-            if watch
-            else None,
+            _Watcher(self) if watch else None,
         )
 
     # step
@@ -112,8 +117,8 @@ class FeedbackOptimizer(ModelOptimizer):
         recorder = self.recorder
         passes = recorder.take() if recorder is not None else []
         self._require_usable(passes)
+        measured = self.measures_next
         self._steps += 1
-        measured = self.measure_every and self._steps % self.measure_every == 0
         group_of = self._group_of()
         graded = [p for p in group_of if p.grad is not None]
         stages, batches = self._stages(passes, graded, group_of)
@@ -281,6 +286,7 @@ class FeedbackOptimizer(ModelOptimizer):
         """Lines 14 to 18 of Algorithm 3: a second forward pass that applies updates on its way."""
         tape = recorded.tape
         assert tape is not None and recorded.inputs is not None
+        assert recorded.setting is not None
         places = {stage.player: i for i, stage in enumerate(sweep.stages)}
         starts = {player: i for i, player in enumerate(tape.starts)}
         backup = [(p, p.clone()) for stage in sweep.stages for p in stage.player.params]
@@ -294,7 +300,7 @@ class FeedbackOptimizer(ModelOptimizer):
             sweep.follow(position)
 
         try:
-            Replay(tape, recorded.inputs).run(turn)
+            run_again(self.model, recorded.setting, recorded.inputs, tape.second_pass(turn))
         finally:
             # The updates are applied for good together with all others, once they are known to
             # be finite.
@@ -306,10 +312,9 @@ class FeedbackOptimizer(ModelOptimizer):
         before = after = 0.0
         assert self.criterion is not None
         for recorded in passes:
-            tape = recorded.tape
-            if tape is None or recorded.inputs is None or recorded.forwards != 1:
+            if recorded.setting is None or recorded.inputs is None or recorded.forwards != 1:
                 return
-            output = Replay(tape, recorded.inputs).run(lambda player: None)
+            output = run_again(self.model, recorded.setting, recorded.inputs)
             for call in recorded.calls:
                 if isinstance(output, Tensor):
                     value = self.criterion.forward(output, *call.args, **call.kwargs)
@@ -327,17 +332,19 @@ class FeedbackOptimizer(ModelOptimizer):
 
 
 class _Watcher:
-    """Starts a tape when the model's forward begins."""
+    """Notes what a second pass will need when the model's forward begins."""
 
-    def __init__(
-        self, model: nn.Module, players: list[Player], columns: bool, rollout: str
-    ) -> None:
-        self.model = model
-        self.players = players if rollout == "nonlinear" else []
-        self.columns = columns
+    def __init__(self, optimizer: FeedbackOptimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
 
     def __call__(self, recorded: Pass) -> None:
-        recorded.tape = Tape(self.model, self.players, self.columns)
+        optimizer = self.optimizer()
+        if optimizer is None or not (optimizer.rollout == "nonlinear" or optimizer.measures_next):
+            return
+        recorded.setting = capture_setting(optimizer.model)
+        if optimizer.rollout == "nonlinear":
+            columns = optimizer.terminal.rank_r
+            recorded.tape = Tape(optimizer.model, optimizer.players, columns)
 
 
 class DDPNOpt(FeedbackOptimizer):

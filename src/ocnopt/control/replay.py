@@ -1,0 +1,87 @@
+"""Running a recorded forward pass again without leaving a trace."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Setting", "capture_setting", "run_again"]
+
+
+@dataclass
+class Setting:
+    """What a second pass must restore to be the first one again."""
+
+    cpu_random: Tensor
+    device_random: list[tuple[torch.device, Tensor]]
+    autocast: list[tuple[str, bool, torch.dtype]]
+
+
+def run_again(
+    model: nn.Module,
+    setting: Setting,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    watch: AbstractContextManager[None] | None = None,
+) -> Any:
+    """Run the model's forward as it ran before, with buffers and random state guarded.
+
+    Args:
+        model: The model; its own hooks are not called.
+        setting: Random state and autocast of the first run.
+        inputs: Positional and keyword arguments.
+        watch: Entered around the run alone.
+
+    Returns:
+        The model's output.
+    """
+    args, kwargs = inputs
+    with guarded(model, setting), watch or nullcontext():
+        return model.forward(*args, **kwargs)
+
+
+def capture_setting(model: nn.Module) -> Setting:
+    """Random state and autocast as they are now."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    kinds = {"cpu", *(d.type for d in devices)}
+    return Setting(
+        torch.get_rng_state(),
+        [(d, torch.cuda.get_rng_state(d)) for d in devices],
+        [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds],
+    )
+
+
+class guarded:
+    """A second pass that leaves no trace: same random numbers, buffers put back."""
+
+    def __init__(self, model: nn.Module, setting: Setting) -> None:
+        self.model = model
+        self.setting = setting
+
+    def __enter__(self) -> None:
+        self.buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self.random = torch.get_rng_state()
+        self.device_random = [
+            (d, torch.cuda.get_rng_state(d)) for d, _ in self.setting.device_random
+        ]
+        torch.set_rng_state(self.setting.cpu_random)
+        for device, state in self.setting.device_random:
+            torch.cuda.set_rng_state(state, device)
+        self.casts = [
+            torch.autocast(kind, dtype=dtype, enabled=on)
+            for kind, on, dtype in self.setting.autocast
+        ]
+        for cast in self.casts:
+            cast.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        for cast in reversed(self.casts):
+            cast.__exit__(None, None, None)
+        torch.set_rng_state(self.random)
+        for device, state in self.device_random:
+            torch.cuda.set_rng_state(state, device)
+        for buffer, kept in self.buffers:
+            buffer.copy_(kept)
