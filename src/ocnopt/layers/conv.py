@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocnopt.layers.base import Capture, MatrixLayer, Params
+
+#: Elements of patches formed at once on the way to per-sample gradients.
+PATCHES = 1 << 20
 
 _APPLY = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -100,11 +104,21 @@ class ConvLayer(MatrixLayer):
         return a.permute(order).reshape(batch, self.groups, -1, locations)
 
     def sample_gradients(self, a: Tensor, g: Tensor) -> Params:
-        """A product of patches and output gradients per sample."""
+        """A product of patches and output gradients per sample, a few samples at a time.
+
+        Patches are kernel-size times larger than the input; formed for the whole batch they would
+        not fit any cache, and would be the step's largest tensor.
+        """
         cols = g.reshape(g.shape[0], self.groups, self.out_channels // self.groups, -1)
         out: tuple[Tensor, ...] = ()
         if self.has_weight:
-            weight = cols @ self.patches(a).transpose(2, 3)
+            size = cols.shape[-1] * math.prod(self.weight_shape[1:]) * self.groups
+            step = max(1, PATCHES // size)
+            parts = [
+                part @ self.patches(inputs).transpose(2, 3)
+                for part, inputs in zip(cols.split(step), a.split(step), strict=True)
+            ]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             out = (weight.reshape(-1, *self.weight_shape),)
         return (*out, cols.sum(-1).flatten(1)) if self.has_bias else out
 
