@@ -105,9 +105,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "DDPNOpt, both off": lambda m: ocnopt.DDPNOpt(
         m, CRITERION, lr=1e-3, bellman="off", rollout="off"
     ),
-    "DDPNOpt rmsprop": lambda m: ocnopt.DDPNOpt(
-        m, CRITERION, lr=1e-4, preconditioner="rmsprop"
-    ),
+    "DDPNOpt rmsprop": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="rmsprop"),
     "DDPNOpt rmsprop, no recursion": lambda m: ocnopt.DDPNOpt(
         m, CRITERION, lr=1e-4, preconditioner="rmsprop", bellman="off"
     ),
