@@ -1,4 +1,4 @@
-"""Training loss against learning rate on DIGITS: DDPNOpt's defaults beside the optimizers it extends.
+"""Training loss against learning rate on DIGITS: DDPNOpt beside the optimizers it extends.
 
     python benchmarks/robustness.py [--seeds 5] [--processes 2]
 

@@ -16,6 +16,7 @@ gradients where there are locations, one more product per layer where M is diago
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -38,7 +39,7 @@ def fcn() -> Net:
     """Five layers of DIGITS size, batch 8: nothing but overhead."""
     widths = [64, 32, 32, 32, 16]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.Tanh()]
     model = nn.Sequential(*layers, nn.Linear(16, 10))
     return model, torch.randn(8, 64), torch.randint(10, (8,))

@@ -132,10 +132,7 @@ def gather(
         if calls and calls[0].loss.dim() > 0:
             count = 1
         weight = scale / (count * processes)
-        if isinstance(scale, float):
-            lift: float | Tensor = count / scale if scale else 0.0
-        else:
-            lift = torch.where(scale == 0, torch.zeros_like(scale), count / scale)
+        lift = _ratio(float(count), scale)
         v, k = _terminal_values(terminal, calls, samples, scale, count, dtype, device)
         batch = Batch(samples, weight, lift, v, k, source=recorded)
         for player, uses in table.items():
@@ -167,6 +164,13 @@ def _scale(call: TerminalCall, samples: int) -> float | Tensor:
     return call.scale.reshape(samples, -1).mean(1)
 
 
+def _ratio(part: float | Tensor, whole: float | Tensor) -> float | Tensor:
+    """``part / whole``, zero where the whole is: a sample without weight has no part in the step."""
+    if isinstance(whole, float):
+        return part / whole if whole else 0.0
+    return torch.where(whole == 0, torch.zeros_like(whole), part / whole)
+
+
 def _terminal_values(
     terminal: TerminalCost,
     calls: list[TerminalCall],
@@ -184,10 +188,10 @@ def _terminal_values(
         # kappa is homogeneous of degree -1 in the cost, so scales enter as ratios to the total.
         quad, square = terminal.along_gradient(calls[0], samples)
         if len(calls) > 1:
-            ratio = _scale(calls[0], samples) / scale
+            ratio = _ratio(_scale(calls[0], samples), scale)
             quad, square = quad * ratio**3, square * ratio**2
             for call in calls[1:]:
-                ratio = _scale(call, samples) / scale
+                ratio = _ratio(_scale(call, samples), scale)
                 q, n = terminal.along_gradient(call, samples)
                 quad, square = quad + q * ratio**3, square + n * ratio**2
         kappa = quad.to(dtype) / square.to(dtype).square_().mul_(count)
@@ -195,8 +199,7 @@ def _terminal_values(
     parts = []
     for call in calls:
         size = call.output.numel() // samples
-        own = _scale(call, samples)
-        factor = own * count / scale if not isinstance(scale, float) or scale else 0.0
+        factor = _ratio(_scale(call, samples), scale) * count
         part = torch.as_tensor(factor, dtype=dtype, device=device).expand(samples)
         parts.append(part[:, None].expand(samples, size))
     diagonal = torch.cat([torch.zeros(samples, 1, dtype=dtype, device=device), *parts], 1)
