@@ -165,7 +165,7 @@ def _scale(call: TerminalCall, samples: int) -> float | Tensor:
 
 
 def _ratio(part: float | Tensor, whole: float | Tensor) -> float | Tensor:
-    """``part / whole``, zero where the whole is: a sample without weight has no part in the step."""
+    """``part / whole``, zero where the whole is: a sample without weight takes no part."""
     if isinstance(whole, float):
         return part / whole if whole else 0.0
     return torch.where(whole == 0, torch.zeros_like(whole), part / whole)
