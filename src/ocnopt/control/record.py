@@ -189,10 +189,11 @@ class _Hook:
         self.verb = verb
         self.index = index
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         recorder = self.recorder()
         if recorder is not None and recorder.active and torch.is_grad_enabled():
-            getattr(recorder, self.verb)(self.index, *args)
+            return getattr(recorder, self.verb)(self.index, *args)
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None, self.verb)
@@ -226,6 +227,8 @@ class Recorder:
         terminal: Returns factor columns of the terminal Hessian that are to be back-propagated,
             or None where the ordinary backward pass is all that is needed.
         on_forward: Called with the pass when the model's forward begins (for replays), or None.
+        keep_grad: Whether autograd forms the players' weight gradients. If not, their parameters
+            are hidden from it while their modules run, and ``.grad`` stays None.
     """
 
     def __init__(
@@ -235,8 +238,12 @@ class Recorder:
         criterion: nn.Module | None,
         terminal: TerminalCost | None,
         on_forward: Callable[[Pass], None] | None = None,
+        keep_grad: bool = True,
     ) -> None:
         self.players = players
+        self.keep_grad = keep_grad
+        self._hidden: list[list[Tensor]] = [[] for _ in players]
+        self._anchor = torch.zeros((), requires_grad=True)
         self.terminal = terminal
         self.on_forward = on_forward
         self.active = True
@@ -251,7 +258,17 @@ class Recorder:
         ]
         for player in players:
             hook = _Hook(self, "record", player.index)
-            self._handles.append(player.module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(
+                player.module.register_forward_hook(
+                    hook, with_kwargs=True, always_call=not keep_grad
+                )
+            )
+            if not keep_grad:
+                hide = _Hook(self, "hide", player.index)
+                self._handles.append(
+                    player.module.register_forward_pre_hook(hide, with_kwargs=True)
+                )
+                continue
             grad_hook = _GradHook(self, player.index)
             for param in player.params:
                 self._handles.append(param.register_post_accumulate_grad_hook(grad_hook))
@@ -280,8 +297,10 @@ class Recorder:
     def _open(self) -> Pass:
         # A gradient that was set to None outside zero_grad (a skipped step, model.zero_grad)
         # no longer holds what the earlier passes put into it.
-        if self.passes and all(
-            param.grad is None for player in self.players for param in player.params
+        if (
+            self.keep_grad
+            and self.passes
+            and all(param.grad is None for player in self.players for param in player.params)
         ):
             self.clear()
         if self.current is not None:
@@ -289,12 +308,26 @@ class Recorder:
         self.current = Pass()
         return self.current
 
+    def hide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        """A player's module is about to be called: its weight gradient is ours to form."""
+        hidden: list[Tensor] = [p for p in self.players[index].params if p.requires_grad]
+        for param in hidden:
+            param.requires_grad_(False)
+        self._hidden[index] = hidden
+
     def record(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
-    ) -> None:
+    ) -> Tensor | None:
         """A player's module was called."""
+        replaced: Tensor | None = None
+        if self._hidden[index]:
+            for param in self._hidden[index]:
+                param.requires_grad_(True)
+            self._hidden[index] = []
+            if isinstance(output, Tensor) and not output.requires_grad:
+                output = replaced = _Anchored.apply(output, self._anchor)  # type: ignore[no-untyped-call]
         if not isinstance(output, Tensor) or not output.requires_grad:
-            return
+            return None
         current = self.current
         if current is None or current.received:
             current = self._open()
@@ -313,6 +346,7 @@ class Recorder:
         output.register_hook(_Receiver(use, weakref.ref(self)))
         if tape is not None:
             tape.paused = False
+        return replaced
 
     def finish(
         self, _: int, criterion: nn.Module, args: tuple[Any, ...], kwargs: Any, loss: Any
@@ -367,11 +401,16 @@ class Recorder:
         use.pending = grad.detach()
         use.task = torch._C._current_graph_task_id()
         self._pending[use.player.index].append(use)
+        if not self.keep_grad:
+            self._settle(use.player.index)
 
     def commit(self, index: int, param: Tensor) -> None:
         """A player's parameter accumulated its gradient: what it received counts."""
         if param is self.players[index].params[-1]:
             self.samples[index] = sample_of(param)
+        self._settle(index)
+
+    def _settle(self, index: int) -> None:
         waiting = self._pending[index]
         if not waiting:
             return
@@ -422,6 +461,21 @@ def sample_of(param: Tensor) -> Tensor:
         grad = grad.coalesce().values()
     flat = grad.reshape(-1)
     return flat[:: -(-flat.numel() // SAMPLE)].clone() if flat.numel() > SAMPLE else flat.clone()
+
+
+class _Anchored(torch.autograd.Function):
+    """Makes a tensor that nothing before it differentiates part of the graph, at no cost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        """The same tensor."""
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        """Nothing."""
+        return None, None
 
 
 class _Receiver:

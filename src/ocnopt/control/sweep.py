@@ -49,8 +49,8 @@ class Mover(Protocol):
     def probe(self, mean: Params) -> Params:
         """The open-loop step ``-eta M^-1 E[Q_u]``."""
 
-    def base(self) -> Params:
-        """The gradient as the loop left it."""
+    def base(self) -> Params | None:
+        """The gradient as the loop left it; None where autograd formed none."""
 
     def move(self, d: Params) -> Params:
         """The parameters' change for the direction d."""
@@ -112,10 +112,17 @@ class Sweep:
             (count,) = total((torch.tensor(float(self.samples)),))
             self.samples = int(count)
 
-    def weighted(
-        self, stage: Stage, coefficients: list[Tensor], base: Params, scale: float
-    ) -> Params:
-        """``base + scale * sum over batches and processes of P_u c``."""
+    def weighted(self, stage: Stage, excess: list[Tensor]) -> Params:
+        """The gradient, plus the sum over batches and processes of ``P_u`` times the excess.
+
+        Args:
+            stage: The stage.
+            excess: Coefficients of the recorded columns beyond those of the gradient, per batch.
+        """
+        base, scale = stage.mover.base(), stage.mover.scale
+        if base is None:
+            return self._formed(stage, excess)
+        coefficients = excess
         if self.reduce is None:
             for batch, c in zip(self.batches, coefficients, strict=True):
                 trace = batch.traces.get(stage.player)
@@ -131,6 +138,28 @@ class Sweep:
             torch.add(b, p, alpha=scale) for b, p in zip(base, self.reduce(local), strict=True)
         )
 
+    def _formed(self, stage: Stage, excess: list[Tensor]) -> Params:
+        """As :meth:`weighted`, where there is no gradient to add to."""
+        total: Params | None = None
+        for batch, c in zip(self.batches, excess, strict=True):
+            trace = batch.traces.get(stage.player)
+            if trace is not None:
+                part = trace.weighted(c + batch.baseline())
+                total = (
+                    part
+                    if total is None
+                    else tuple(x + y for x, y in zip(total, part, strict=True))
+                )
+        assert total is not None
+        return total
+
+    def _gradient(self, stage: Stage) -> Params:
+        """The plain gradient."""
+        base = stage.mover.base()
+        if base is not None:
+            return base
+        return self._formed(stage, [torch.zeros_like(batch.v) for batch in self.batches])
+
     def backward(self) -> None:
         """Lines 6 to 13 of Algorithm 3: values and preconditioners, last player to first."""
         if self._backward_together():
@@ -145,12 +174,12 @@ class Sweep:
                 if all(
                     v is batch.v for batch, (v, _) in zip(self.batches, stage.values, strict=True)
                 ):
-                    return stage.mover.base()  # the value is the cost's own gradient
-                coefficients = [
+                    return self._gradient(stage)  # the value is the cost's own
+                excess = [
                     batch.signal_weights(v) - batch.baseline()
                     for batch, (v, _) in zip(self.batches, stage.values, strict=True)
                 ]
-                return self.weighted(stage, coefficients, stage.mover.base(), stage.mover.scale)
+                return self.weighted(stage, excess)
 
             def factors(stage: Stage = stage) -> tuple[Tensor, Tensor]:
                 return self._factors(stage)
@@ -189,7 +218,7 @@ class Sweep:
             )
         ):
             return False
-        metrics = [stage.mover.observe(stage.mover.base, _no_factors, 0) for stage in self.stages]
+        metrics = [stage.mover.observe(_no_mean, _no_factors, 0) for stage in self.stages]
         if len(traces) == 1:
             self.stages[0].values = [(batch.v, batch.k)]
             return True
@@ -271,8 +300,7 @@ class Sweep:
             else:
                 x = v + self._feedback_columns(stage, batch, v, k, moved)
                 excess.append(batch.signal_weights(x) - batch.baseline())
-        base = stage.mover.base()
-        d = base if idle else self.weighted(stage, excess, base, stage.mover.scale)
+        d = self._gradient(stage) if idle else self.weighted(stage, excess)
         stage.delta = stage.mover.move(d)
         return stage.delta
 
@@ -319,6 +347,10 @@ class Sweep:
             before = self.rho[i]
             self.rho[i] = moved if before is None else before + moved
         self.path.append(list(self.rho))
+
+
+def _no_mean() -> Params:
+    raise AssertionError("M = I does not depend on the gradient")
 
 
 def _no_factors() -> tuple[Tensor, Tensor]:

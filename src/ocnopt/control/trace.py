@@ -78,6 +78,23 @@ class Trace:
             return columns[0] * coefficients.view(-1, *ones)
         return (columns * coefficients.t().reshape(*coefficients.t().shape, *ones)).sum(0)
 
+    def weighted(self, coefficients: Tensor) -> Params:
+        """``sum_i P_u^(i) c^(i)`` for coefficients (B,) at rank one, else (B, r)."""
+        if self.gradients is not None:
+            flat = coefficients.to(self.gradients[0].dtype).flatten()
+            return tuple(
+                (g.reshape(flat.numel(), -1).t() @ flat).view(p.shape)
+                for g, p in zip(self.gradients, self.player.params, strict=True)
+            )
+        total: Params | None = None
+        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
+            part = self.layer.gradient(a, self._spread(coefficients, p, fold))
+            total = (
+                part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
+            )
+        assert total is not None
+        return total
+
     def add_weighted(self, base: Params, coefficients: Tensor, scale: float) -> Params:
         """``base + scale * sum_i P_u^(i) c^(i)``.
 

@@ -47,6 +47,7 @@ class FeedbackOptimizer(ModelOptimizer):
         reduction: str,
         measure_every: int,
         params: Any,
+        keep_grad: bool = True,
     ) -> None:
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise OptionError(
@@ -61,6 +62,11 @@ class FeedbackOptimizer(ModelOptimizer):
         ):
             if value not in choices:
                 raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
+        if not keep_grad and bellman == rollout == "off":
+            raise OptionError(
+                "keep_grad=False, but with bellman='off' and rollout='off' the gradient is all "
+                "that is needed; leave keep_grad=True"
+            )
         if measure_every < 0:
             raise OptionError(f"measure_every={measure_every}, but it must be at least 0")
         if measure_every and criterion is None:
@@ -71,6 +77,9 @@ class FeedbackOptimizer(ModelOptimizer):
         own = getattr(criterion, "reduction", None)
         self.reduction = own if own in ("mean", "sum") else reduction
         self.measure_every = measure_every
+        self.keep_grad = keep_grad
+        # So that a GradScaler announces itself: its unscaling would not reach the players.
+        self._step_supports_amp_scaling = not keep_grad
         self._steps = 0
         self._ledger: Ledger | None = None
         feedback = bellman != "off" or rollout != "off"
@@ -109,6 +118,7 @@ class FeedbackOptimizer(ModelOptimizer):
             self.criterion,
             self.terminal,
             _Watcher(self) if watch else None,
+            self.keep_grad,
         )
 
     # step
@@ -144,7 +154,7 @@ class FeedbackOptimizer(ModelOptimizer):
         for mover in self._rest([p for p in graded if p not in done], group_of):
             mover.observe()
             movers.append(mover)
-            deltas.append(mover.move(mover.base()))
+            deltas.append(mover.move(mover.gradient()))
         self._apply(movers, deltas)
         self._ledger = None
         if sweep is not None:
@@ -155,6 +165,11 @@ class FeedbackOptimizer(ModelOptimizer):
 
     def _require_usable(self, passes: list[Pass]) -> None:
         """Refuse what cannot be stepped on, before anything is changed."""
+        if not self.keep_grad and (processes() > 1 or getattr(self, "found_inf", None) is not None):
+            raise RecordingError(
+                "keep_grad=False leaves .grad empty, which a GradScaler and data parallelism need; "
+                "build the optimizer with keep_grad=True"
+            )
         losses = [call.loss for p in passes for call in p.calls]
         self._require_finite_losses(losses)
         if self.criterion is not None and passes and not losses:
@@ -182,6 +197,8 @@ class FeedbackOptimizer(ModelOptimizer):
         if self.recorder is None or not self.recorder.players:
             return [], []
         have = set(graded)
+        if not self.keep_grad:
+            have.update(q for p in passes for use in p.received for q in use.player.params)
         expected = [p for p in self.players if any(q in have for q in p.params)]
         if not expected:
             return [], []
@@ -211,6 +228,13 @@ class FeedbackOptimizer(ModelOptimizer):
             states = self._states(player.params)
             mover = ParamMover(list(player.params), mine, states, rule, player.layer)
             stages.append(Stage(player, mover, mine[0]["feedback_clip"]))
+        if not self.keep_grad:
+            for player in expected:
+                if player in self._reasons:
+                    raise RecordingError(
+                        f"keep_grad=False, but layer {player.name!r} has no gradient of its own to "
+                        f"fall back on ({self._reasons[player]}); use keep_grad=True"
+                    )
         for player in expected:
             if player not in order:
                 self._reasons.setdefault(
@@ -380,6 +404,9 @@ class DDPNOpt(FeedbackOptimizer):
             where it says so.
         measure_every: Measure the actual decrease on the same batch every so many steps, at the
             cost of a forward pass; 0 for never.
+        keep_grad: Whether ``.grad`` is filled as the loop expects. If not, a step saves one weight
+            gradient per layer and the memory for it, but clipping, a ``GradScaler`` and data
+            parallelism, which work on ``.grad``, are not possible.
         params: Parameter groups by name, prefix, module or parameter, with options of their own;
             what no group names gets the constructor's.
 
@@ -411,6 +438,7 @@ class DDPNOpt(FeedbackOptimizer):
         weight_decay: float = 0.0,
         reduction: str = "mean",
         measure_every: int = 0,
+        keep_grad: bool = True,
         params: Any = None,
     ) -> None:
         if terminal is None:
@@ -429,4 +457,5 @@ class DDPNOpt(FeedbackOptimizer):
             reduction=reduction,
             measure_every=measure_every,
             params=params,
+            keep_grad=keep_grad,
         )

@@ -50,22 +50,23 @@ class ParamMover:
         self.report: dict[str, float] = {}
         self._metric: Metric | None = None
         self._seen: Observation | None = None
-        self._base = tuple(
-            torch.zeros_like(p)
-            if p.grad is None
-            else p.grad.to_dense()
-            if p.grad.is_sparse
-            else p.grad
-            for p in params
-        )
+        grads = [p.grad for p in params]
+        self._base: Params | None = None
+        if all(grad is not None for grad in grads):
+            self._base = tuple(g.to_dense() if g.is_sparse else g for g in grads if g is not None)
 
     @property
     def plain(self) -> bool:
         """Whether M = I."""
         return isinstance(self.preconditioner, Identity)
 
-    def base(self) -> Params:
-        """The gradient as the loop left it."""
+    def base(self) -> Params | None:
+        """The gradient as the loop left it; None where autograd formed none."""
+        return self._base
+
+    def gradient(self) -> Params:
+        """The gradient, which autograd did form."""
+        assert self._base is not None
         return self._base
 
     def _decayed(self, d: Params) -> Params:
@@ -86,7 +87,7 @@ class ParamMover:
         first = self.preconditioner.decay_first
 
         def decayed_mean() -> Params:
-            value = self._base if mean is None else mean()
+            value = self.gradient() if mean is None else mean()
             return self._decayed(value) if first else value
 
         self._seen = Observation(
