@@ -8,7 +8,7 @@ from torch import nn
 
 from ocnopt.curvature import kronecker
 from ocnopt.curvature.base import Preconditioner
-from ocnopt.optim.ddpnopt import FeedbackOptimizer
+from ocnopt.optim.feedback import FeedbackOptimizer
 
 __all__ = ["EKFAC", "KFAC"]
 
@@ -31,7 +31,7 @@ class _Factored(FeedbackOptimizer):
             model,
             criterion,
             lr=lr,
-            preconditioner_=rule,
+            rule=rule,
             bellman="off",
             rollout="off",
             terminal="outer-product",

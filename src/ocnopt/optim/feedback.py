@@ -1,0 +1,352 @@
+"""Bellman pass, feedback pass and preconditioner as one step of the ordinary training loop."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.control.batch import Batch, gather
+from ocnopt.control.bellman import RECURSIONS
+from ocnopt.control.diagnostics import Diagnostics, Ledger
+from ocnopt.control.players import Player
+from ocnopt.control.record import Pass, Recorder
+from ocnopt.control.replay import capture_setting, run_again
+from ocnopt.control.sweep import Stage, Sweep
+from ocnopt.control.tape import Tape
+from ocnopt.control.terminal import TerminalCost
+from ocnopt.curvature import Identity, Preconditioner, preconditioner
+from ocnopt.errors import GraphError, OptionError, RecordingError
+from ocnopt.optim.base import ModelOptimizer
+from ocnopt.optim.mover import ParamMover
+from ocnopt.optim.parallel import mean_over, processes, sum_over
+from ocnopt.optim.rescaling import measure_scales
+
+__all__ = ["FeedbackOptimizer"]
+
+ROLLOUTS = ("linear", "nonlinear", "off")
+
+
+class FeedbackOptimizer(ModelOptimizer):
+    """What ``DDPNOpt`` and the optimizers that lend it their preconditioner have in common.
+
+    Args: as in ``DDPNOpt``; ``rule`` is its ``preconditioner``.
+
+    Raises:
+        OptionError: An option that is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        *,
+        lr: float,
+        rule: str | Preconditioner,
+        bellman: str,
+        rollout: str,
+        terminal: str,
+        feedback_clip: float | None,
+        momentum: float,
+        weight_decay: float,
+        reduction: str,
+        measure_every: int,
+        params: Any,
+        keep_grad: bool = True,
+    ) -> None:
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise OptionError(
+                "criterion: expected the nn.Module that the loop calls, got "
+                f"{type(criterion).__name__}; wrap a function as ocnopt.Criterion(function) and "
+                "call that in the loop"
+            )
+        for name, value, choices in (
+            ("bellman", bellman, RECURSIONS),
+            ("rollout", rollout, ROLLOUTS),
+            ("reduction", reduction, ("mean", "sum")),
+        ):
+            if value not in choices:
+                raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
+        if not keep_grad and bellman == rollout == "off":
+            raise OptionError(
+                "keep_grad=False, but with bellman='off' and rollout='off' the gradient is all "
+                "that is needed; leave keep_grad=True"
+            )
+        if measure_every < 0:
+            raise OptionError(f"measure_every={measure_every}, but it must be at least 0")
+        if measure_every and criterion is None:
+            raise OptionError("measure_every needs the criterion, to evaluate the loss again")
+        self.criterion = criterion
+        self.bellman = bellman
+        self.rollout = rollout
+        own = getattr(criterion, "reduction", None)
+        self.reduction = own if own in ("mean", "sum") else reduction
+        self.measure_every = measure_every
+        self.keep_grad = keep_grad
+        # So that a GradScaler announces itself: its unscaling would not reach the players.
+        self._step_supports_amp_scaling = not keep_grad
+        self._steps = 0
+        self._ledger: Ledger | None = None
+        feedback = bellman != "off" or rollout != "off"
+        self.terminal = TerminalCost(criterion, terminal)
+        if not feedback:  # no curvature is asked for, so none is computed
+            self.terminal = TerminalCost(None, "outer-product")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "feedback_clip": feedback_clip,
+            "preconditioner": preconditioner(rule).options(),
+        }
+        self._ready = False
+        super().__init__(model, defaults, params)
+        self._hook()
+        self._ready = True
+
+    @property
+    def feedback_on(self) -> bool:
+        """Whether the step differs from the lender's."""
+        return self.bellman != "off" or self.rollout != "off"
+
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next step measures its actual decrease."""
+        return self.measure_every > 0 and (self._steps + 1) % self.measure_every == 0
+
+    def _hook(self) -> None:
+        """Hook the model where anything has to be recorded."""
+        factored = any(self._build(group).factored for group in self.param_groups)
+        if not (self.feedback_on or factored or self.measure_every):
+            return
+        watch = self.rollout == "nonlinear" or self.measure_every > 0
+        self.recorder = Recorder(
+            self.model,
+            self.players if self.feedback_on or factored else [],
+            self.criterion,
+            self.terminal,
+            _Watcher(self) if watch else None,
+            self.keep_grad,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; hook the model if the new group is the first to need it."""
+        super().add_param_group(param_group)
+        if self._ready and self.recorder is None:
+            self._hook()
+
+    # step
+
+    def _step(self) -> None:
+        recorder = self.recorder
+        passes = recorder.take() if recorder is not None else []
+        self._require_usable(passes)
+        measured = self.measures_next
+        self._steps += 1
+        group_of = self._group_of()
+        graded = [p for p in group_of if p.grad is not None]
+        stages, batches = self._stages(passes, graded, group_of)
+        sweep: Sweep | None = None
+        movers = [stage.mover for stage in stages]
+        if stages:
+            sharing = processes() > 1
+            sweep = Sweep(
+                stages,
+                batches,
+                self.bellman,
+                self.rollout,
+                mean_over if sharing else None,
+                sum_over if sharing else None,
+            )
+            sweep.backward()
+            if self.rollout == "nonlinear":
+                self._nonlinear(sweep, passes[0])
+            else:
+                sweep.forward()
+        deltas = [stage.delta for stage in stages]
+        done = {p for stage in stages for p in stage.player.params}
+        for mover in self._rest([p for p in graded if p not in done], group_of):
+            mover.observe()
+            movers.append(mover)
+            deltas.append(mover.move(mover.gradient()))
+        self._apply(movers, deltas)
+        self._ledger = None
+        if sweep is not None:
+            reports = [stage.mover.report for stage in stages]
+            self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
+        if measured and passes:
+            self._measure(passes)
+
+    def _require_usable(self, passes: list[Pass]) -> None:
+        """Refuse what cannot be stepped on, before anything is changed."""
+        if not self.keep_grad and (processes() > 1 or getattr(self, "found_inf", None) is not None):
+            raise RecordingError(
+                "keep_grad=False leaves .grad empty, which a GradScaler and data parallelism need; "
+                "build the optimizer with keep_grad=True"
+            )
+        losses = [call.loss for p in passes for call in p.calls]
+        self._require_finite_losses(losses)
+        if self.criterion is not None and passes and not losses:
+            raise RecordingError(
+                f"the criterion given to the optimizer ({type(self.criterion).__name__}) was not "
+                "called since the last step, so the cost's curvature and scale are unknown; call "
+                "that very module in the loop, or leave it out of the constructor"
+            )
+        if self.rollout != "nonlinear" or not passes:
+            return
+        if len(passes) > 1 or passes[0].forwards != 1 or passes[0].tape is None:
+            raise GraphError(
+                f"rollout='nonlinear' runs the last forward pass again, but {len(passes)} passes "
+                f"with {passes[0].forwards} calls of the model led to this step; use "
+                "rollout='linear' with gradient accumulation or several calls"
+            )
+
+    def _stages(
+        self,
+        passes: list[Pass],
+        graded: list[Tensor],
+        group_of: dict[Tensor, dict[str, Any]],
+    ) -> tuple[list[Stage], list[Batch]]:
+        """The players that take part in this step, in forward order, and their samples."""
+        if self.recorder is None or not self.recorder.players:
+            return [], []
+        have = set(graded)
+        if not self.keep_grad:
+            have.update(q for p in passes for use in p.received for q in use.player.params)
+        expected = [p for p in self.players if any(q in have for q in p.params)]
+        if not expected:
+            return [], []
+        if not any(p.received for p in passes):
+            self._nothing_recorded(expected)
+        self._reasons = {}
+        batches = gather(passes, self.terminal, self.reduction, processes())
+        order: dict[Player, None] = {}
+        for batch in batches:
+            self._reasons.update(batch.skipped)
+            order.update(dict.fromkeys(batch.traces))
+        batches = [batch for batch in batches if batch.samples]
+        stages = []
+        for player in order:
+            mine = [group_of[p] for p in player.params if p in group_of]
+            if player in self._reasons or len(mine) < len(player.params):
+                self._reasons.setdefault(player, "not all of its parameters are optimized")
+                continue
+            if not all(p in have for p in player.params):
+                self._reasons[player] = "one of its parameters received no gradient"
+                continue
+            rule = self._build(mine[0])
+            if rule.factored and not player.layer.kronecker:
+                rule = Identity()
+            if not (self.feedback_on or rule.factored):
+                continue
+            states = self._states(player.params)
+            mover = ParamMover(list(player.params), mine, states, rule, player.layer)
+            stages.append(Stage(player, mover, mine[0]["feedback_clip"]))
+        if not self.keep_grad:
+            for player in expected:
+                if player in self._reasons:
+                    raise RecordingError(
+                        f"keep_grad=False, but layer {player.name!r} has no gradient of its own to "
+                        f"fall back on ({self._reasons[player]}); use keep_grad=True"
+                    )
+        for player in expected:
+            if player not in order:
+                self._reasons.setdefault(
+                    player, "its weight was used without calling it, so nothing was recorded"
+                )
+        for player in self.players:
+            if player not in order and player not in self._reasons:
+                self._reasons[player] = "it received no gradient in the last step"
+        measure_scales(stages, self.recorder)
+        return stages, batches
+
+    def _nothing_recorded(self, expected: list[Player]) -> None:
+        raise RecordingError(
+            f"gradients arrived, but no call of any layer was recorded (first: "
+            f"{expected[0].name!r}). Build the optimizer before torch.compile and before the "
+            "first forward pass; do not call detach() before the last step"
+        )
+
+    def _rest(
+        self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
+    ) -> list[ParamMover]:
+        """Parameters without a stage: the first-order rule of their group's preconditioner."""
+        by_group: dict[int, list[Tensor]] = {}
+        for p in params:
+            by_group.setdefault(id(group_of[p]), []).append(p)
+        movers = []
+        for mine in by_group.values():
+            group = group_of[mine[0]]
+            rule = self._build(group)
+            if rule.factored:
+                rule = Identity()
+            states = self._states(mine)
+            movers.append(ParamMover(mine, [group] * len(mine), states, rule))
+        return movers
+
+    # second passes
+
+    def _nonlinear(self, sweep: Sweep, recorded: Pass) -> None:
+        """Lines 14 to 18 of Algorithm 3: a second forward pass that applies updates on its way."""
+        tape = recorded.tape
+        assert tape is not None and recorded.inputs is not None
+        assert recorded.setting is not None
+        places = {stage.player: i for i, stage in enumerate(sweep.stages)}
+        starts = {player: i for i, player in enumerate(tape.starts)}
+        backup = [(p, p.clone()) for stage in sweep.stages for p in stage.player.params]
+
+        def turn(player: Player) -> None:
+            position = places.get(player)
+            if position is None:
+                return
+            rho = tape.rho(starts[player], sweep.batches[0])
+            torch._foreach_add_(list(player.params), list(sweep.act(position, [rho])))
+            sweep.follow(position)
+
+        try:
+            run_again(self.model, recorded.setting, recorded.inputs, tape.second_pass(turn))
+        finally:
+            # The updates are applied for good together with all others, once they are known to
+            # be finite.
+            for p, kept in backup:
+                p.copy_(kept)
+
+    def _measure(self, passes: list[Pass]) -> None:
+        """Run the step's batches again with the new weights."""
+        before = after = 0.0
+        assert self.criterion is not None
+        for recorded in passes:
+            if recorded.setting is None or recorded.inputs is None or recorded.forwards != 1:
+                return
+            output = run_again(self.model, recorded.setting, recorded.inputs)
+            for call in recorded.calls:
+                if isinstance(output, Tensor):
+                    value = self.criterion.forward(output, *call.args, **call.kwargs)
+                    before += float(call.loss.sum()) / len(passes)
+                    after += float(value.sum()) / len(passes)
+        if self._ledger is not None:
+            self._ledger.actual = before - after
+
+    # what happened
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Figures of the last step, in total and per player; see :class:`Diagnostics`."""
+        return Diagnostics() if self._ledger is None else self._ledger.read()
+
+
+class _Watcher:
+    """Notes what a second pass will need when the model's forward begins."""
+
+    def __init__(self, optimizer: FeedbackOptimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self, recorded: Pass) -> None:
+        optimizer = self.optimizer()
+        if optimizer is None or not (optimizer.rollout == "nonlinear" or optimizer.measures_next):
+            return
+        recorded.setting = capture_setting(optimizer.model)
+        if optimizer.rollout == "nonlinear":
+            columns = optimizer.terminal.rank_r
+            recorded.tape = Tape(optimizer.model, optimizer.players, columns)
