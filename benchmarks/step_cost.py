@@ -208,7 +208,7 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
     lines = [
         "# What a step costs",
         "",
-        f"Written by `python benchmarks/step_cost.py` (device: {device}, torch {torch.__version__}).",
+        f"Written by `python benchmarks/step_cost.py` ({device}, torch {torch.__version__}).",
         "Time and peak memory of one step relative to `torch.optim.SGD`, measured in turns in one",
         "run, medians. Floor of the linear rollout: 1.67 in time with `.grad` kept, 1.33 without.",
     ]
