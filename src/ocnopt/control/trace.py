@@ -70,7 +70,8 @@ class Trace:
 
     def _spread(self, coefficients: Tensor, columns: Tensor, fold: int) -> Tensor:
         """``sum_k coefficients_k P_k`` as one signal, (B * fold, *)."""
-        coefficients = coefficients.to(columns.dtype)
+        if coefficients.dtype != columns.dtype:
+            coefficients = coefficients.to(columns.dtype)
         if fold > 1:
             coefficients = coefficients.repeat_interleave(fold, 0)
         ones = (1,) * (columns.dim() - 2)
@@ -132,6 +133,8 @@ class Trace:
         parts = []
         for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
             moved = self.layer.apply(a, delta)
+            if self.single and self.rank == 1:
+                return self._shaped(torch.linalg.vecdot(moved, p[0]).unsqueeze(-1))
             if self.rank == 1 and fold == 1:
                 parts.append(torch.linalg.vecdot(moved.flatten(1), p[0].flatten(1)).unsqueeze(-1))
             else:
@@ -140,7 +143,8 @@ class Trace:
         return self._shaped(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
 
     def _shaped(self, values: Tensor) -> Tensor:
-        values = values.to(self.dtype)
+        if values.dtype != self.dtype:
+            values = values.to(self.dtype)
         return values[:, 0] if self.rank == 1 else values
 
     def gram(self, metric: Metric) -> Tensor:

@@ -63,6 +63,8 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.players, self.unowned = find_players(self.model)
         self.recorder: Recorder | None = None
         self._reasons: dict[Player, str] = {}
+        self._group_key: list[tuple[int, int]] = []
+        self._groups: dict[Tensor, dict[str, Any]] = {}
         self._built: dict[int, tuple[dict[str, Any], Preconditioner]] = {}
         super().__init__(resolve_groups(self.model, params), defaults)
         self._check_groups()
@@ -131,7 +133,12 @@ class ModelOptimizer(torch.optim.Optimizer):
                 )
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
-        return {p: group for group in self.param_groups for p in group["params"]}
+        """The group of every parameter; groups are replaced when a state is loaded."""
+        key = [(id(group), len(group["params"])) for group in self.param_groups]
+        if key != self._group_key:
+            self._group_key = key
+            self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        return self._groups
 
     def _build(self, group: dict[str, Any]) -> Preconditioner:
         options = group["preconditioner"]
@@ -278,6 +285,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
         self._built.clear()
+        self._group_key = []
         if self.recorder is not None:
             self.recorder.clear()
 
