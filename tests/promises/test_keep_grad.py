@@ -64,10 +64,12 @@ def test_same_steps(preconditioner, bellman, terminal):
     kept = Net().double()
     ours = copy.deepcopy(kept)
     options = {"preconditioner": preconditioner, "bellman": bellman, "terminal": terminal}
-    run(kept, batches(), **options)
-    optimizer = run(ours, batches(), keep_grad=False, **options)
-    # Eigenvectors of a factor with equal eigenvalues may turn with the last bit of rounding.
-    assert_weights_close(ours, kept, 1e-5 if preconditioner == "ekfac" else 1e-9)
+    some = batches()[: 1 if preconditioner == "ekfac" else None]
+    run(kept, some, **options)
+    optimizer = run(ours, some, keep_grad=False, **options)
+    # Where a factor has equal eigenvalues (zeros, with few samples) its eigenvectors turn with the
+    # last bit of rounding, and the corrected eigenvalues with them: EKFAC is compared on one step.
+    assert_weights_close(ours, kept, 1e-9)
     assert optimizer.diagnostics.total.feedback_share > 0
 
 

@@ -20,6 +20,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ocnopt.control.players import Player
 from ocnopt.control.terminal import TerminalCost
+from ocnopt.errors import RecordingError
+from ocnopt.layers import Params
 
 if TYPE_CHECKING:
     from ocnopt.control.replay import Setting
@@ -71,12 +73,15 @@ class Use:
         capture: What the layer kind kept of the call.
         signal: dL/dh, back-propagated from the loss as it was scaled; shape of h.
         columns: Back-propagated columns of the terminal Hessian's factor, unscaled.
+        gradients: Weight gradients of every row, formed as the signal arrived where they take less
+            room than it; then ``signal`` is None.
     """
 
     __slots__ = (
         "__weakref__",
         "capture",
         "columns",
+        "gradients",
         "order",
         "owner",
         "pending",
@@ -100,6 +105,45 @@ class Use:
         self.pending: Tensor | None = None
         self.task = -1
         self.columns: list[Tensor | None] = []
+        self.gradients: Params | None = None
+
+    def require_untouched(self) -> None:
+        """Raise unless the input is still what the forward pass saw.
+
+        Raises:
+            RecordingError: It was written into.
+        """
+        if self.capture[0]._version != self.version:
+            raise RecordingError(
+                f"the input of layer {self.player.name!r} was changed in place after its forward "
+                "pass; use an out-of-place operation there, or call step() before the change"
+            )
+
+    def accept(self, signal: Tensor, compact: bool) -> bool:
+        """Keep a signal, or the weight gradients it makes.
+
+        Args:
+            signal: dL/dh.
+            compact: Whether weight gradients may stand for it.
+
+        Returns:
+            Whether this was the first.
+        """
+        first = self.signal is None and self.gradients is None
+        if compact and self.rows:
+            layer, dtype = self.player.layer, self.player.params[0].dtype
+            with torch.no_grad():
+                a = layer.features(self.capture, dtype)
+                g = signal if signal.dtype == dtype else signal.to(dtype)
+                if layer.prefers_samples(a, g):
+                    self.require_untouched()
+                    formed = layer.sample_gradients(a, g)
+                    if self.gradients is not None:
+                        formed = tuple(x + y for x, y in zip(self.gradients, formed, strict=True))
+                    self.gradients = formed
+                    return first
+        self.signal = signal if self.signal is None else self.signal + signal
+        return first
 
 
 class TerminalCall:
@@ -229,6 +273,8 @@ class Recorder:
         on_forward: Called with the pass when the model's forward begins (for replays), or None.
         keep_grad: Whether autograd forms the players' weight gradients. If not, their parameters
             are hidden from it while their modules run, and ``.grad`` stays None.
+        compact: Whether signals may be turned into per-sample weight gradients as they arrive
+            (nothing else, such as Kronecker factors, will be made of them).
     """
 
     def __init__(
@@ -239,8 +285,10 @@ class Recorder:
         terminal: TerminalCost | None,
         on_forward: Callable[[Pass], None] | None = None,
         keep_grad: bool = True,
+        compact: bool = False,
     ) -> None:
         self.players = players
+        self.compact = compact
         self.keep_grad = keep_grad
         self._hidden: list[list[Tensor]] = [[] for _ in players]
         self._anchor = torch.zeros((), requires_grad=True)
@@ -422,13 +470,10 @@ class Recorder:
                 continue
             owner = use.owner
             owner.tasks.add(task)
-            if use.signal is None:
-                use.signal = use.pending
+            if use.accept(use.pending, self.compact):
                 owner.received.append(use)
                 if len(owner.received) == 1:
                     self.passes.append(owner)
-            else:
-                use.signal = use.signal + use.pending
             use.pending = None
 
     # step

@@ -38,6 +38,10 @@ class Mover(Protocol):
     def plain(self) -> bool:
         """Whether M = I."""
 
+    @property
+    def only_rate(self) -> float | None:
+        """The learning rate, where the move is the direction times it and nothing else."""
+
     def observe(
         self,
         mean: Callable[[], Params],
@@ -112,53 +116,38 @@ class Sweep:
             (count,) = total((torch.tensor(float(self.samples)),))
             self.samples = int(count)
 
-    def weighted(self, stage: Stage, excess: list[Tensor]) -> Params:
+    def weighted(self, stage: Stage, excess: list[Tensor], factor: float = 1.0) -> Params:
         """The gradient, plus the sum over batches and processes of ``P_u`` times the excess.
 
         Args:
             stage: The stage.
             excess: Coefficients of the recorded columns beyond those of the gradient, per batch.
+            factor: Multiplies the result.
         """
         base, scale = stage.mover.base(), stage.mover.scale
+        found = [
+            (batch, trace, c)
+            for batch, c in zip(self.batches, excess, strict=True)
+            if (trace := batch.traces.get(stage.player)) is not None
+        ]
         if base is None:
-            return self._formed(stage, excess)
-        coefficients = excess
+            return _sum([t.weighted((c + b.baseline()).mul_(factor)) for b, t, c in found])
         if self.reduce is None:
-            for batch, c in zip(self.batches, coefficients, strict=True):
-                trace = batch.traces.get(stage.player)
-                if trace is not None:
-                    base = trace.add_weighted(base, c, scale)
+            for i, (_, trace, c) in enumerate(found):
+                base = trace.add_weighted(base, c, factor * scale, 1.0 if i else factor)
             return base
-        local = tuple(torch.zeros_like(p) for p in stage.player.params)
-        for batch, c in zip(self.batches, coefficients, strict=True):
-            trace = batch.traces.get(stage.player)
-            if trace is not None:
-                local = trace.add_weighted(local, c, 1.0)
+        local = self.reduce(_sum([trace.weighted(c) for _, trace, c in found]))
         return tuple(
-            torch.add(b, p, alpha=scale) for b, p in zip(base, self.reduce(local), strict=True)
+            torch.mul(b, factor).add_(p, alpha=factor * scale)
+            for b, p in zip(base, local, strict=True)
         )
-
-    def _formed(self, stage: Stage, excess: list[Tensor]) -> Params:
-        """As :meth:`weighted`, where there is no gradient to add to."""
-        total: Params | None = None
-        for batch, c in zip(self.batches, excess, strict=True):
-            trace = batch.traces.get(stage.player)
-            if trace is not None:
-                part = trace.weighted(c + batch.baseline())
-                total = (
-                    part
-                    if total is None
-                    else tuple(x + y for x, y in zip(total, part, strict=True))
-                )
-        assert total is not None
-        return total
 
     def _gradient(self, stage: Stage) -> Params:
         """The plain gradient."""
         base = stage.mover.base()
         if base is not None:
             return base
-        return self._formed(stage, [torch.zeros_like(batch.v) for batch in self.batches])
+        return self.weighted(stage, [torch.zeros_like(batch.v) for batch in self.batches])
 
     def backward(self) -> None:
         """Lines 6 to 13 of Algorithm 3: values and preconditioners, last player to first."""
@@ -300,8 +289,12 @@ class Sweep:
             else:
                 x = v + self._feedback_columns(stage, batch, v, k, moved)
                 excess.append(batch.signal_weights(x) - batch.baseline())
-        d = self._gradient(stage) if idle else self.weighted(stage, excess)
-        stage.delta = stage.mover.move(d)
+        rate = stage.mover.only_rate
+        if rate is not None and not idle:
+            stage.delta = self.weighted(stage, excess, -rate)
+        else:
+            d = self._gradient(stage) if idle else self.weighted(stage, excess)
+            stage.delta = stage.mover.move(d)
         return stage.delta
 
     def _feedback(self, stage: Stage, batch: Batch, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:
@@ -347,6 +340,13 @@ class Sweep:
             before = self.rho[i]
             self.rho[i] = moved if before is None else before + moved
         self.path.append(list(self.rho))
+
+
+def _sum(parts: list[Params]) -> Params:
+    total = parts[0]
+    for part in parts[1:]:
+        total = tuple(x + y for x, y in zip(total, part, strict=True))
+    return total
 
 
 def _no_mean() -> Params:

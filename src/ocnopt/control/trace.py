@@ -8,7 +8,6 @@ from torch import Tensor
 from ocnopt.control.players import Player
 from ocnopt.control.record import Use
 from ocnopt.curvature.metric import Metric
-from ocnopt.errors import RecordingError
 from ocnopt.layers.base import Params, sample_gram
 
 __all__ = ["Trace", "outer_norms"]
@@ -36,12 +35,13 @@ class Trace:
         self.features: list[Tensor] = []
         self.columns: list[Tensor] = []
         self.folds: list[int] = []
+        self.gradients: Params | None = None
         for use in uses:
-            if use.capture[0]._version != use.version:
-                raise RecordingError(
-                    f"the input of layer {player.name!r} was changed in place after its forward "
-                    "pass; use an out-of-place operation there, or call step() before the change"
-                )
+            fold = use.rows // samples
+            if use.gradients is not None:
+                self._add_formed(use.gradients, fold)
+                continue
+            use.require_untouched()
             assert use.signal is not None
             signal = use.signal if use.signal.dtype == work else use.signal.to(work)
             if use.columns:
@@ -50,22 +50,42 @@ class Trace:
             else:
                 self.columns.append(signal.unsqueeze(0))
             self.features.append(layer.features(use.capture, work))
-            self.folds.append(signal.shape[0] // samples)
-        self.rank = self.columns[0].shape[0]
-        self.gradients: Params | None = None
+            self.folds.append(fold)
+        self.rank = self.columns[0].shape[0] if self.columns else 1
+        if not self.features:
+            self.single = False
+            return
         #: One call of a linear layer at one location per sample, so P_u = a (x) P_h.
-        self.single = len(uses) == 1 and self.features[0].dim() == 2 and layer.kind == "Linear"
+        self.single = (
+            len(uses) == 1
+            and self.folds[0] == 1
+            and self.features[0].dim() == 2
+            and layer.kind == "Linear"
+        )
         if len(uses) > 1 or layer.prefers_samples(self.features[0], self.columns[0][0]):
             self._form_gradients()
 
+    def _add_formed(self, formed: Params, fold: int) -> None:
+        """Take up weight gradients of rows (B * fold, *parameter) that the recorder formed."""
+        part = tuple(
+            p.reshape(self.samples, fold, *p.shape[1:]).sum(1, keepdim=True)
+            if fold > 1
+            else p.unsqueeze(1)
+            for p in formed
+        )
+        self.gradients = (
+            part
+            if self.gradients is None
+            else tuple(x + y for x, y in zip(self.gradients, part, strict=True))
+        )
+
     def _form_gradients(self) -> None:
-        total: Params | None = None
+        total = self.gradients
         for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
             part = self.layer.column_gradients(a, p, fold)
             total = (
                 part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
             )
-        assert total is not None
         self.gradients = total
 
     def _spread(self, coefficients: Tensor, columns: Tensor, fold: int) -> Tensor:
@@ -96,25 +116,29 @@ class Trace:
         assert total is not None
         return total
 
-    def add_weighted(self, base: Params, coefficients: Tensor, scale: float) -> Params:
-        """``base + scale * sum_i P_u^(i) c^(i)``.
+    def add_weighted(
+        self, base: Params, coefficients: Tensor, scale: float, factor: float = 1.0
+    ) -> Params:
+        """``factor * base + scale * sum_i P_u^(i) c^(i)``.
 
         Args:
             base: One tensor per parameter.
             coefficients: (B,) at rank one, else (B, r).
             scale: A number.
+            factor: A number.
         """
         if self.gradients is not None:
             flat = coefficients.to(base[0].dtype).flatten()
             return tuple(
-                torch.addmv(b.flatten(), g.reshape(flat.numel(), -1).t(), flat, alpha=scale).view(
-                    b.shape
-                )
+                torch.addmv(
+                    b.flatten(), g.reshape(flat.numel(), -1).t(), flat, beta=factor, alpha=scale
+                ).view(b.shape)
                 for b, g in zip(base, self.gradients, strict=True)
             )
         for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
             signal = self._spread(coefficients, p, fold)
-            base = self.layer.add_gradient(base, a, signal, scale)
+            base = self.layer.add_gradient(base, a, signal, scale, factor)
+            factor = 1.0
         return base
 
     def dots(self, delta: Params) -> Tensor:

@@ -76,10 +76,13 @@ class Layer(ABC):
     def sample_gradients(self, a: Tensor, g: Tensor) -> Params:
         """The weight gradient of every sample, each of shape (B, *parameter)."""
 
-    def add_gradient(self, base: Params, a: Tensor, g: Tensor, scale: float) -> Params:
-        """``base + scale * gradient(a, g)``."""
+    def add_gradient(
+        self, base: Params, a: Tensor, g: Tensor, scale: float, factor: float = 1.0
+    ) -> Params:
+        """``factor * base + scale * gradient(a, g)``."""
         return tuple(
-            torch.add(b, d, alpha=scale) for b, d in zip(base, self.gradient(a, g), strict=True)
+            torch.mul(b, factor).add_(d, alpha=scale)
+            for b, d in zip(base, self.gradient(a, g), strict=True)
         )
 
     def prefers_samples(self, a: Tensor, g: Tensor) -> bool:

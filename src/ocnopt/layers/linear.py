@@ -36,15 +36,17 @@ class LinearLayer(MatrixLayer):
             out = (flat.t() @ a.reshape(-1, a.shape[-1]),)
         return (*out, flat.sum(0)) if self.has_bias else out
 
-    def add_gradient(self, base: Params, a: Tensor, g: Tensor, scale: float) -> Params:
-        """One matrix product per parameter, accumulated onto ``base``."""
+    def add_gradient(
+        self, base: Params, a: Tensor, g: Tensor, scale: float, factor: float = 1.0
+    ) -> Params:
+        """One matrix product, accumulated onto ``base`` as it is made."""
         flat = g if g.dim() == 2 else g.reshape(-1, g.shape[-1])
         out: tuple[Tensor, ...] = ()
         if self.has_weight:
             inputs = a if a.dim() == 2 else a.reshape(-1, a.shape[-1])
-            out = (torch.addmm(base[0], flat.t(), inputs, alpha=scale),)
+            out = (torch.addmm(base[0], flat.t(), inputs, beta=factor, alpha=scale),)
         if self.has_bias:
-            out = (*out, torch.add(base[-1], flat.sum(0), alpha=scale))
+            out = (*out, torch.mul(base[-1], factor).add_(flat.sum(0), alpha=scale))
         return out
 
     def apply(self, a: Tensor, delta: Params) -> Tensor:

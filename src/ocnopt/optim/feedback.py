@@ -128,6 +128,7 @@ class FeedbackOptimizer(ModelOptimizer):
             self.terminal,
             _Watcher(self) if watch else None,
             self.keep_grad,
+            compact=self.feedback_on and not factored and not self.terminal.rank_r,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

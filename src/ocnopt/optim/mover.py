@@ -60,6 +60,14 @@ class ParamMover:
         """Whether M = I."""
         return isinstance(self.preconditioner, Identity)
 
+    @property
+    def only_rate(self) -> float | None:
+        """The learning rate, where the move is the direction times it and nothing else."""
+        simple = self.plain and not any(self.decays) and len(set(self.rates)) == 1
+        if not simple or any(group["momentum"] for group in self.groups):
+            return None
+        return self.rates[0]
+
     def base(self) -> Params | None:
         """The gradient as the loop left it; None where autograd formed none."""
         return self._base
