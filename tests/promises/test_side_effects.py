@@ -303,3 +303,36 @@ def test_activation_checkpointing(name):
         ended.append(model)
     start = weights(Saving(False))
     assert_updates_close(start, ended[0], ended[1], 1e-11)
+
+
+@pytest.mark.parametrize("seen", ["as it is", "view", "transposed", "changed"])
+def test_actual_decrease_is_measured_on_what_the_criterion_saw(seen):
+    """Views of the model's output are followed; where the loop computes, nothing is claimed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 10))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1, measure_every=1)
+    x = torch.randint(10, (4, 7))
+
+    def loss():
+        out, y = model(x), x
+        if seen == "view":
+            out, y = out.view(-1, 10), y.view(-1)
+        elif seen == "transposed":
+            out = out.transpose(1, 2)
+        else:
+            out, y = out[:, 0] if seen == "as it is" else out[:, 0] * 2, y[:, 0]
+        return criterion(out, y)
+
+    optimizer.zero_grad()
+    before = loss()
+    before.backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = loss()
+    actual = optimizer.diagnostics.total.actual_decrease
+    if seen == "changed":
+        assert actual is None
+    else:
+        assert actual == pytest.approx(float(before - after), abs=1e-6)
+        assert actual > 0

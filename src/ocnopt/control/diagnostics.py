@@ -22,7 +22,8 @@ class Row:
         predicted_decrease: How much the quadratic model of the cost says the mean cost per sample
             falls (a sum where the criterion sums); None where no model was built.
         actual_decrease: The same, measured by running the batch again; the total's alone, and
-            None where it was not measured.
+            None where it was not measured, or could not be because the loop did more to the
+            model's output than view it before it called the criterion.
         feedback_share: Mean over samples of feedback relative to the open-loop term.
         clipped_share: Share of samples whose feedback hit its bound.
         damping: Damping in use, of factored preconditioners.

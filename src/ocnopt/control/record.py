@@ -177,6 +177,7 @@ class Pass:
         self.calls: list[TerminalCall] = []
         self.edges: list[tuple[HasColumns, GradientEdge]] = []
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.result: Tensor | None = None
         self.setting: Setting | None = None
         self.tape: Tape | None = None
         self.forwards = 0
@@ -320,6 +321,9 @@ class Recorder:
             grad_hook = _GradHook(self, player.index)
             for param in player.params:
                 self._handles.append(param.register_post_accumulate_grad_hook(grad_hook))
+        if on_forward is not None:
+            end = _Hook(self, "end")
+            self._handles.append(model.register_forward_hook(end, with_kwargs=True))
         if criterion is not None:
             hook = _Hook(self, "finish")
             self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
@@ -341,6 +345,13 @@ class Recorder:
         current.inputs = (args, kwargs)
         if self.on_forward is not None:
             self.on_forward(current)
+
+    def end(
+        self, _: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        """The model's forward ends."""
+        if self.current is not None and isinstance(output, Tensor):
+            self.current.result = output.detach()
 
     def _open(self) -> Pass:
         # A gradient that was set to None outside zero_grad (a skipped step, model.zero_grad)

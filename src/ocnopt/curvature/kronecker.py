@@ -23,7 +23,7 @@ class _Factored(Preconditioner):
         update_every: Steps between two updates of the factors and their factorization.
     """
 
-    damping: float = 1e-2
+    damping: float = 0.1
     decay: float = 0.9
     update_every: int = 10
 

@@ -37,8 +37,8 @@ PROBLEMS: Mapping[DatasetName, Problem] = {
 # Middle-of-the-range learning rates: a run without --lr should train, not be the best there is.
 LEARNING_RATES: Mapping[OptimizerName, float] = {
     "ddpnopt": 0.1,
-    "kfac": 0.003,
-    "ekfac": 0.003,
+    "kfac": 0.03,
+    "ekfac": 0.03,
     "sgd": 0.1,
     "rmsprop": 0.001,
     "adam": 0.001,

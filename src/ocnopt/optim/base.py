@@ -254,6 +254,9 @@ class ModelOptimizer(torch.optim.Optimizer):
             module, _, _ = name.rpartition(".")
             if isinstance(entry, Player):
                 reason = self._reasons.get(entry, "")
+                rule = self._build(self._group_of()[param])
+                if not reason and rule.factored and not entry.layer.kronecker:
+                    reason = "no Kronecker factors: M = I"
                 treatment = "player" if self._is_player(entry) else "first-order"
                 rows.append(Coverage(name, module, entry.layer.kind, treatment, reason))
             elif entry is not None:

@@ -13,7 +13,7 @@ from ocnopt.control.bellman import RECURSIONS
 from ocnopt.control.diagnostics import Diagnostics, Ledger
 from ocnopt.control.players import Player
 from ocnopt.control.record import Pass, Recorder
-from ocnopt.control.replay import capture_setting, run_again
+from ocnopt.control.replay import as_seen, capture_setting, run_again
 from ocnopt.control.sweep import Stage, Sweep
 from ocnopt.control.tape import Tape
 from ocnopt.control.terminal import TerminalCost
@@ -322,10 +322,12 @@ class FeedbackOptimizer(ModelOptimizer):
                 return
             output = run_again(self.model, recorded.setting, recorded.inputs)
             for call in recorded.calls:
-                if isinstance(output, Tensor):
-                    value = self.criterion.forward(output, *call.args, **call.kwargs)
-                    before += float(call.loss.sum()) / len(passes)
-                    after += float(value.sum()) / len(passes)
+                seen = as_seen(call.output, recorded.result, output)
+                if seen is None:
+                    return
+                value = self.criterion.forward(seen, *call.args, **call.kwargs)
+                before += float(call.loss.sum()) / len(passes)
+                after += float(value.sum()) / len(passes)
         if self._ledger is not None:
             self._ledger.actual = before - after
 
