@@ -8,7 +8,7 @@ from torch import Tensor
 from ocnopt.control.players import Player
 from ocnopt.control.record import Use
 from ocnopt.curvature.metric import Metric
-from ocnopt.layers.base import Params, sample_gram
+from ocnopt.layers.base import Params
 
 __all__ = ["Trace", "outer_norms"]
 
@@ -174,7 +174,7 @@ class Trace:
     def gram(self, metric: Metric) -> Tensor:
         """``P_u^T Q_uu^-1 P_u``: (B,) at rank one, else (B, r, r)."""
         if self.gradients is not None:
-            out = sample_gram(self.gradients, metric)
+            out = metric.sample_gram(self.gradients)
         else:
             out = self.layer.gram(self.features[0], self.columns[0], metric, self.folds[0])
         out = out.to(self.dtype)

@@ -45,6 +45,15 @@ class Metric:
         """``Q_uu^-1`` on rows (r, B, L, width) of a table, at ``index`` (B, L)."""
         return rows * self.rates[0]
 
+    def sample_gram(self, gradients: Params) -> Tensor:
+        """``G_k . Q_uu^-1 G_l`` for per-sample gradients (B, r, *parameter): (B, r, r)."""
+        total: Tensor | None = None
+        for left, right, rate in zip(gradients, self.solve(gradients), self.rates, strict=True):
+            product = (left.flatten(2) @ right.flatten(2).transpose(1, 2)) * rate
+            total = product if total is None else total + product
+        assert total is not None
+        return total
+
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """Gram matrix of outer products ``P_u = a (x) P_h`` at one location per sample.
 
@@ -154,6 +163,7 @@ class Eigen(Metric):
         self.basis_a = basis_a
         self.basis_b = basis_b
         self.scales = scales
+        self._rotated: tuple[Params, Tensor] | None = None
 
     @property
     def separable(self) -> bool:
@@ -161,9 +171,24 @@ class Eigen(Metric):
         return False
 
     def rotate(self, params: Params) -> Tensor:
-        """``U_B^T D U_A``, (..., groups, out, in)."""
-        matrix = self.layer.to_matrix(params).to(self.basis_b.dtype)
-        return self.basis_b.transpose(-1, -2) @ matrix @ self.basis_a
+        """``U_B^T D U_A``, (..., groups, out, in).
+
+        The last result is kept: without feedback the direction is what the eigenvalues were
+        corrected with.
+        """
+        if self._rotated is None or self._rotated[0] is not params:
+            matrix = self.layer.to_matrix(params).to(self.basis_b.dtype)
+            turned = self.basis_b.transpose(-1, -2) @ matrix @ self.basis_a
+            self._rotated = (params, turned)
+        return self._rotated[1]
+
+    def sample_gram(self, gradients: Params) -> Tensor:
+        """Per-sample gradients are rotated once; in the eigenbasis M is diagonal."""
+        matrix = self.layer.to_matrix(gradients).to(self.basis_b.dtype)
+        turned = self.basis_b.transpose(-1, -2) @ matrix @ self.basis_a
+        scaled = (turned / self.scales).flatten(2)
+        product = turned.flatten(2) @ scaled.transpose(1, 2)
+        return product.to(gradients[0].dtype) * self.rates[0]
 
     def solve(self, params: Params) -> Params:
         """``U_B [(U_B^T D U_A) / scales] U_A^T``."""

@@ -107,7 +107,7 @@ class Layer(ABC):
         for start in range(0, rows, step):
             part = slice(start, start + step)
             gradients = self.column_gradients(a[part], columns[:, part], fold)
-            parts.append(sample_gram(gradients, metric))
+            parts.append(metric.sample_gram(gradients))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def column_gradients(self, a: Tensor, columns: Tensor, fold: int = 1) -> Params:
@@ -135,17 +135,6 @@ class Layer(ABC):
     def from_matrix(self, matrix: Tensor) -> Params:
         """Inverse of :meth:`to_matrix`."""
         raise TypeError(f"{self.kind} has no Kronecker factors")
-
-
-def sample_gram(gradients: Params, metric: Metric) -> Tensor:
-    """``G_k . Q_uu^-1 G_l`` for per-sample gradients (B, r, *parameter): (B, r, r)."""
-    solved = metric.solve(gradients)
-    total: Tensor | None = None
-    for left, right, rate in zip(gradients, solved, metric.rates, strict=True):
-        product = (left.flatten(2) @ right.flatten(2).transpose(1, 2)) * rate
-        total = product if total is None else total + product
-    assert total is not None
-    return total
 
 
 class MatrixLayer(Layer):

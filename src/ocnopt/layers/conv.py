@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,9 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ocnopt.layers.base import Capture, MatrixLayer, Params
-
-#: Elements of patches formed at once on the way to per-sample gradients.
-PATCHES = 1 << 20
 
 _APPLY = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -104,23 +100,30 @@ class ConvLayer(MatrixLayer):
         return a.permute(order).reshape(batch, self.groups, -1, locations)
 
     def sample_gradients(self, a: Tensor, g: Tensor) -> Params:
-        """A product of patches and output gradients per sample, a few samples at a time.
+        """One weight-gradient convolution with every sample as a group of its own.
 
-        Patches are kernel-size times larger than the input; formed for the whole batch they would
-        not fit any cache, and would be the step's largest tensor.
+        On the CPU that is faster than the batch's own weight gradient, as nothing is added up
+        across samples, and several times faster than products with patches.
         """
-        cols = g.reshape(g.shape[0], self.groups, self.out_channels // self.groups, -1)
+        batch = g.shape[0]
         out: tuple[Tensor, ...] = ()
         if self.has_weight:
-            size = cols.shape[-1] * math.prod(self.weight_shape[1:]) * self.groups
-            step = max(1, PATCHES // size)
-            parts = [
-                part @ self.patches(inputs).transpose(2, 3)
-                for part, inputs in zip(cols.split(step), a.split(step), strict=True)
-            ]
-            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-            out = (weight.reshape(-1, *self.weight_shape),)
-        return (*out, cols.sum(-1).flatten(1)) if self.has_bias else out
+            shape = (batch * self.weight_shape[0], *self.weight_shape[1:])
+            _, weight, _ = torch.ops.aten.convolution_backward(
+                g.reshape(1, -1, *g.shape[2:]),
+                a.reshape(1, -1, *a.shape[2:]),
+                a.new_empty(1).expand(shape),
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                False,
+                [0] * self.dims,
+                self.groups * batch,
+                [False, True, False],
+            )
+            out = (weight.view(batch, *self.weight_shape),)
+        return (*out, g.flatten(2).sum(-1)) if self.has_bias else out
 
     def rows(self, a: Tensor) -> Tensor:
         """(B, L, groups, in / groups * kernel [+ 1])."""
