@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types clean
+.PHONY: help env demo test lint format types results clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,15 @@ demo: $(STAMP) ## train SGD and DDPNOpt side by side on DIGITS (under two minute
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# Folder that holds mnist/ and fashion-mnist/ as IDX files.
+DATA_ROOT ?= data
+
+results: $(STAMP) ## measure docs/results anew (half an hour or more; DATA_ROOT=folder with images)
+	$(BIN)/python benchmarks/defaults.py run --data-root $(DATA_ROOT)
+	$(BIN)/python benchmarks/robustness.py
+	$(BIN)/python benchmarks/damping.py
+	$(BIN)/python benchmarks/step_cost.py --page docs/results/cost.md
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .
