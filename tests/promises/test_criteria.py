@@ -170,7 +170,8 @@ def test_language_model_covers_every_layer(name):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-    assert all(r.treatment == "player" and not r.reason for r in optimizer.coverage())
+    allowed = ("", "no Kronecker factors: M = I")  # the embedding, under a factored M
+    assert all(r.treatment == "player" and r.reason in allowed for r in optimizer.coverage())
 
 
 class Heads(nn.Module):

@@ -47,7 +47,8 @@ def test_scheduler_sets_the_rate_of_the_step(name, scheduler):
     for i in range(6):
         group = first.param_groups[0]
         rates.append(group["lr"])
-        second.param_groups[0].update(lr=group["lr"], momentum=group["momentum"])
+        moved = {key: group[key] for key in ("lr", "momentum", "betas") if key in group}
+        second.param_groups[0].update(moved)
         x, y = batch(seed=i)
         step(one, first, criterion, x, y)
         schedule.step()

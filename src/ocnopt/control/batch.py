@@ -40,7 +40,6 @@ class Batch:
     k: Tensor
     traces: dict[Player, Trace] = field(default_factory=dict)
     skipped: dict[Player, str] = field(default_factory=dict)
-    source: Pass | None = None
 
     @property
     def rank(self) -> int:
@@ -113,12 +112,20 @@ def gather(
     batches = []
     for recorded, calls, samples in counted:
         table = recorded.uses()
-        if not samples:
+        reason = ""
+        if terminal.criterion is not None and not calls:
+            reason = "its loss did not pass through the criterion"
+        elif not samples:
             reason = "the criterion's rows are no multiple of any layer's first dimension"
-            empty = torch.zeros(0)
-            batches.append(
-                Batch(0, 1.0, 1.0, empty, empty, {}, dict.fromkeys(table, reason), recorded)
+        elif terminal.rank_r and recorded.samples != samples:
+            reason = "layers that the loss does not use have another number of rows"
+        elif any(call.picked and call.output.shape[0] != samples for call in calls):
+            reason = (
+                "the loop picked rows of the output by index (use the criterion's ignore_index)"
             )
+        if reason:
+            empty = torch.zeros(0)
+            batches.append(Batch(0, 1.0, 1.0, empty, empty, {}, dict.fromkeys(table, reason)))
             continue
         device = next(iter(table)).params[0].device
         dtype = to_float(next(iter(table)).params[0].dtype)
@@ -134,9 +141,10 @@ def gather(
         weight = scale / (count * processes)
         lift = _ratio(float(count), scale)
         v, k = _terminal_values(terminal, calls, samples, scale, count, dtype, device)
-        batch = Batch(samples, weight, lift, v, k, source=recorded)
+        batch = Batch(samples, weight, lift, v, k)
+        deepest = max(use.dims for use in recorded.received)
         for player, uses in table.items():
-            mismatch = _mismatch(uses, samples)
+            mismatch = _mismatch(uses, samples, deepest)
             if mismatch is None:
                 batch.traces[player] = Trace(player, uses, samples, dtype)
             else:
@@ -145,8 +153,16 @@ def gather(
     return batches
 
 
-def _mismatch(uses: list[Use], samples: int) -> str | None:
-    """Why a player's calls cannot be told apart by sample, or None."""
+def _mismatch(uses: list[Use], samples: int, deepest: int) -> str | None:
+    """Why a player's calls cannot be told apart by sample, or None.
+
+    Args:
+        uses: Its calls.
+        samples: B.
+        deepest: Most dimensions of any player's output in the pass.
+    """
+    if deepest > 2 and any(use.player.layer.kind == "Embedding" and use.dims == 2 for use in uses):
+        return "its indices are a plain list (positions, say), not one row per sample"
     rows = {use.rows for use in uses}
     if len(rows) > 1:
         return f"its calls differ in their number of rows ({sorted(rows)})"
@@ -182,8 +198,10 @@ def _terminal_values(
 ) -> tuple[Tensor, Tensor]:
     """v_T and K_T in the sample's own units."""
     v = torch.ones(samples, dtype=dtype, device=device)
+    # Where the loop maximizes (a negative scale) the cost curves downwards: no positive part.
+    up = scale > 0 if isinstance(scale, float) else (scale > 0).to(dtype)
     if terminal.form == "outer-product" or not calls:
-        return v, v.clone()
+        return v, v * up
     if terminal.form == "matched":
         # kappa is homogeneous of degree -1 in the cost, so scales enter as ratios to the total.
         quad, square = terminal.along_gradient(calls[0], samples)
@@ -195,11 +213,12 @@ def _terminal_values(
                 q, n = terminal.along_gradient(call, samples)
                 quad, square = quad + q * ratio**3, square + n * ratio**2
         kappa = quad.to(dtype) / square.to(dtype).square_().mul_(count)
-        return v, kappa.nan_to_num_(0.0, 0.0, 0.0)  # 0 / 0 where the gradient vanishes
+        kappa = kappa.nan_to_num_(0.0, 0.0, 0.0).clamp_min_(0)  # 0 / 0: no gradient
+        return v, kappa if up is True else kappa * up
     parts = []
     for call in calls:
         size = call.output.numel() // samples
-        factor = _ratio(_scale(call, samples), scale) * count
+        factor = _ratio(_scale(call, samples), scale) * count * up
         part = torch.as_tensor(factor, dtype=dtype, device=device).expand(samples)
         parts.append(part[:, None].expand(samples, size))
     diagonal = torch.cat([torch.zeros(samples, 1, dtype=dtype, device=device), *parts], 1)

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ocnopt.control.players import Player
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.errors import RecordingError
-from ocnopt.layers import Params
+from ocnopt.layers.base import Params, add_all
 
 if TYPE_CHECKING:
     from ocnopt.control.replay import Setting
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Pass", "Recorder", "TerminalCall", "Use", "count_samples", "sample_of"]
 
 #: Entries of a gradient that are kept to see how the loop rescaled it.
-SAMPLE = 256
+SAMPLE = 128
 
 
 class Arrivals:
@@ -70,6 +70,7 @@ class Use:
         player: The player.
         order: Position among all recorded calls.
         rows: First dimension of the output; 0 where the call had no batch dimension.
+        dims: Dimensions of the output.
         capture: What the layer kind kept of the call.
         signal: dL/dh, back-propagated from the loss as it was scaled; shape of h.
         columns: Back-propagated columns of the terminal Hessian's factor, unscaled.
@@ -81,6 +82,7 @@ class Use:
         "__weakref__",
         "capture",
         "columns",
+        "dims",
         "gradients",
         "order",
         "owner",
@@ -93,11 +95,18 @@ class Use:
     )
 
     def __init__(
-        self, player: Player, order: int, rows: int, capture: tuple[Any, ...], owner: Pass
+        self,
+        player: Player,
+        order: int,
+        rows: int,
+        dims: int,
+        capture: tuple[Any, ...],
+        owner: Pass,
     ) -> None:
         self.player = player
         self.order = order
         self.rows = rows
+        self.dims = dims
         self.capture = capture
         self.version = capture[0]._version
         self.owner = owner
@@ -138,9 +147,8 @@ class Use:
                 if layer.prefers_samples(a, g):
                     self.require_untouched()
                     formed = layer.sample_gradients(a, g)
-                    if self.gradients is not None:
-                        formed = tuple(x + y for x, y in zip(self.gradients, formed, strict=True))
-                    self.gradients = formed
+                    known = self.gradients
+                    self.gradients = formed if known is None else add_all([known, formed])
                     return first
         self.signal = signal if self.signal is None else self.signal + signal
         return first
@@ -166,6 +174,8 @@ class TerminalCall:
         self.kwargs = kwargs
         self.loss = loss
         self.scale: Tensor | None = None
+        #: Whether the loop picked rows by index or mask before the call.
+        self.picked = False
         self.arrivals = Arrivals()
 
 
@@ -181,6 +191,8 @@ class Pass:
         self.setting: Setting | None = None
         self.tape: Tape | None = None
         self.forwards = 0
+        #: Samples that columns were made for.
+        self.samples = 0
         self.first: weakref.ref[Use] | None = None
         #: Backward passes that accumulated gradients.
         self.tasks: set[int] = set()
@@ -218,9 +230,12 @@ def count_samples(uses: list[Use], calls: list[TerminalCall]) -> int:
         The number of samples, or 0 where the two do not agree.
     """
     rows = calls[0].output.shape[0] if calls and calls[0].output.dim() else 0
-    for size, _ in Counter(use.rows for use in uses if use.rows).most_common():
+    sizes = Counter(use.rows for use in uses if use.rows)
+    for size, _ in sizes.most_common():
         if rows % size == 0:
             return size
+    if rows and all(size % rows == 0 for size in sizes):
+        return rows  # several consecutive rows of every layer make one sample (multiple choice)
     return 0
 
 
@@ -298,8 +313,10 @@ class Recorder:
         self.active = True
         self.passes: list[Pass] = []
         self.current: Pass | None = None
-        #: A few entries of one gradient per player, as autograd accumulated them.
-        self.samples: list[Tensor | None] = [None] * len(players)
+        #: Why the last call of the criterion could not be used.
+        self.ignored = ""
+        #: A few entries of every player's gradients, as autograd accumulated them.
+        self.samples: dict[Tensor, Tensor] = {}
         self._order = 0
         self._pending: list[list[Use]] = [[] for _ in players]
         self._handles: list[Any] = [
@@ -309,7 +326,7 @@ class Recorder:
             hook = _Hook(self, "record", player.index)
             self._handles.append(
                 player.module.register_forward_hook(
-                    hook, with_kwargs=True, always_call=not keep_grad
+                    hook, prepend=True, with_kwargs=True, always_call=not keep_grad
                 )
             )
             if not keep_grad:
@@ -397,7 +414,7 @@ class Recorder:
             tape.paused = True
         rows = output.shape[0] if output.dim() > 1 else 0
         capture = player.layer.capture(module, args, kwargs)
-        use = Use(player, self._order, rows, capture, current)
+        use = Use(player, self._order, rows, output.dim(), capture, current)
         if current.first is None:
             current.first = weakref.ref(use)
         if self.terminal is not None and self.terminal.rank_r:
@@ -411,7 +428,10 @@ class Recorder:
         self, _: int, criterion: nn.Module, args: tuple[Any, ...], kwargs: Any, loss: Any
     ) -> None:
         """The criterion was called."""
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+        if not isinstance(loss, Tensor):
+            self.ignored = f"it returned a {type(loss).__name__}, not a tensor"
+            return
+        if not loss.requires_grad:
             return
         current = self.current if self.current is not None else self._open()
         if args:
@@ -420,8 +440,15 @@ class Recorder:
             kwargs = dict(kwargs)
             output = kwargs.pop("input", None)
         if not isinstance(output, Tensor):
+            self.ignored = "its first argument, or the one named input, is not a tensor"
             return
+        if not output.requires_grad:
+            raise RecordingError(
+                f"the first argument of {type(criterion).__name__} carries no gradient, but its "
+                "value does; call criterion(output, target), in this order"
+            )
         call = TerminalCall(output.detach(), args, kwargs, loss.detach())
+        call.picked = output.grad_fn is not None and output.grad_fn.name().startswith("Index")
         current.calls.append(call)
         loss.register_hook(call.arrivals)
         if current.tape is not None:
@@ -438,7 +465,7 @@ class Recorder:
         try:
             edges = [edge for _, edge in current.edges]
             uses = [use for use, _ in current.edges if isinstance(use, Use)]
-            samples = count_samples(uses, [call])
+            samples = current.samples = count_samples(uses, [call])
             for column in terminal.columns(call, samples) if samples else ():
                 found = torch.autograd.grad(
                     output, edges, column, retain_graph=True, allow_unused=True
@@ -465,8 +492,7 @@ class Recorder:
 
     def commit(self, index: int, param: Tensor) -> None:
         """A player's parameter accumulated its gradient: what it received counts."""
-        if param is self.players[index].params[-1]:
-            self.samples[index] = sample_of(param)
+        self.samples[param] = sample_of(param)
         self._settle(index)
 
     def _settle(self, index: int) -> None:

@@ -21,7 +21,7 @@ from ocnopt.control.bellman import PROPORTIONAL, pull_back, pull_back_all, pull_
 from ocnopt.control.players import Player
 from ocnopt.control.trace import outer_norms
 from ocnopt.curvature.metric import Metric
-from ocnopt.layers.base import Params
+from ocnopt.layers.base import Params, add_all
 
 __all__ = ["Stage", "Sweep"]
 
@@ -32,6 +32,10 @@ class Mover(Protocol):
     params: list[Tensor]
     states: list[dict[str, Any]]
     scale: float
+    #: Whether the players' own gradients are not in :meth:`base`.
+    partial: bool
+    #: Whether the loop did more than rescale the gradient.
+    edited: bool
     report: dict[str, float]
 
     @property
@@ -55,6 +59,9 @@ class Mover(Protocol):
 
     def base(self) -> Params | None:
         """The gradient as the loop left it; None where autograd formed none."""
+
+    def masked(self, d: Params) -> Params:
+        """The direction without the entries that the loop has set to zero in the gradient."""
 
     def move(self, d: Params) -> Params:
         """The parameters' change for the direction d."""
@@ -113,7 +120,7 @@ class Sweep:
         self.path: list[list[Tensor | None]] = []
         self.samples = sum(batch.samples for batch in batches)
         if total is not None:
-            (count,) = total((torch.tensor(float(self.samples)),))
+            (count,) = total((batches[0].v.new_tensor(float(self.samples)),))
             self.samples = int(count)
 
     def weighted(self, stage: Stage, excess: list[Tensor], factor: float = 1.0) -> Params:
@@ -130,13 +137,18 @@ class Sweep:
             for batch, c in zip(self.batches, excess, strict=True)
             if (trace := batch.traces.get(stage.player)) is not None
         ]
-        if base is None:
-            return _sum([t.weighted((c + b.baseline()).mul_(factor)) for b, t, c in found])
+        if stage.mover.partial:
+            formed = add_all([t.weighted((c + b.baseline()).mul_(factor)) for b, t, c in found])
+            if base is None:
+                return formed
+            # What autograd did form is from elsewhere: a penalty, a use without the module.
+            return tuple(torch.add(f, b, alpha=factor) for f, b in zip(formed, base, strict=True))
+        assert base is not None
         if self.reduce is None:
             for i, (_, trace, c) in enumerate(found):
                 base = trace.add_weighted(base, c, factor * scale, 1.0 if i else factor)
             return base
-        local = self.reduce(_sum([trace.weighted(c) for _, trace, c in found]))
+        local = self.reduce(add_all([trace.weighted(c) for _, trace, c in found]))
         return tuple(
             torch.mul(b, factor).add_(p, alpha=factor * scale)
             for b, p in zip(base, local, strict=True)
@@ -145,7 +157,7 @@ class Sweep:
     def _gradient(self, stage: Stage) -> Params:
         """The plain gradient."""
         base = stage.mover.base()
-        if base is not None:
+        if base is not None and not stage.mover.partial:
             return base
         return self.weighted(stage, [torch.zeros_like(batch.v) for batch in self.batches])
 
@@ -293,7 +305,7 @@ class Sweep:
         if rate is not None and not idle:
             stage.delta = self.weighted(stage, excess, -rate)
         else:
-            d = self._gradient(stage) if idle else self.weighted(stage, excess)
+            d = self._gradient(stage) if idle else stage.mover.masked(self.weighted(stage, excess))
             stage.delta = stage.mover.move(d)
         return stage.delta
 
@@ -340,13 +352,6 @@ class Sweep:
             before = self.rho[i]
             self.rho[i] = moved if before is None else before + moved
         self.path.append(list(self.rho))
-
-
-def _sum(parts: list[Params]) -> Params:
-    total = parts[0]
-    for part in parts[1:]:
-        total = tuple(x + y for x, y in zip(total, part, strict=True))
-    return total
 
 
 def _no_mean() -> Params:

@@ -87,7 +87,6 @@ class Tape:
     """
 
     def __init__(self, model: nn.Module, players: list[Player], columns: bool) -> None:
-        self.model = model
         self.columns = columns
         #: Set while hooks run that the second pass will not run.
         self.paused = False

@@ -5,7 +5,7 @@ network's output. Three forms of the terminal value Hessian are supported here:
 
 * ``outer-product``: ``phi_x phi_x^T`` (Prop. 3 with z = phi_x);
 * ``matched``: ``kappa phi_x phi_x^T`` with ``kappa = phi_x^T phi_xx phi_x / |phi_x|^4``, the outer
-  product whose curvature along the gradient is the true one;
+  product whose curvature along the gradient is the true one (kappa = 0 where that is negative);
 * ``gauss-newton``: ``phi_xx = Z Z^T`` exactly (its positive part where it is indefinite).
 
 The criterion must be a sum or a mean over samples. All values here belong to the loss as the
@@ -15,7 +15,7 @@ criterion returns it; batch size and loss scaling are applied where samples are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ class TerminalCost:
                 f"terminal={form!r} needs the criterion; pass it as the second argument "
                 "(wrap a plain function as ocnopt.Criterion(function))"
             )
-        self.criterion = criterion
+        # A compiled criterion is differentiated twice as what it was compiled from.
+        self.criterion: nn.Module | None = getattr(criterion, "_orig_mod", criterion)
         self.form = form
 
     @property
@@ -96,7 +97,7 @@ class TerminalCost:
         Returns:
             Two tensors (samples,).
         """
-        if isinstance(self.criterion, nn.CrossEntropyLoss):
+        if _is_cross_entropy(self.criterion):
             p, g, mass = _cross_entropy(self.criterion, call)
             pg = p * g
             quad = torch.linalg.vecdot(pg, g).sub_(pg.sum(-1).square_()).mul_(mass)
@@ -126,7 +127,7 @@ class TerminalCost:
                 f"criterion sees {size} outputs per sample, at most {MAX_RANK} are supported); "
                 "use terminal='matched'"
             )
-        if isinstance(self.criterion, nn.CrossEntropyLoss):
+        if _is_cross_entropy(self.criterion):
             p, _, mass = _cross_entropy(self.criterion, call)
             classes = p.shape[-1]
             root = (mass.unsqueeze(-1) * p).sqrt()
@@ -155,8 +156,13 @@ class TerminalCost:
         assert self.criterion is not None
         with torch.enable_grad(), torch.autocast(call.output.device.type, enabled=False):
             output = call.output.to(to_float(call.output.dtype)).detach().requires_grad_()
+            kept = [(buffer, buffer.clone()) for buffer in self.criterion.buffers()]
             # forward() rather than a call: hooks of the criterion see the loop's calls alone.
             loss = self.criterion.forward(output, *call.args, **call.kwargs).sum()
+            with torch.no_grad():
+                for buffer, value in kept:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
             (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
             direction = gradient.detach() if vector is None else vector.to(gradient.dtype)
             product: Tensor | None = None
@@ -166,6 +172,15 @@ class TerminalCost:
                 )
         gradient = gradient.detach()
         return gradient, torch.zeros_like(gradient) if product is None else product.detach()
+
+
+def _is_cross_entropy(criterion: nn.Module | None) -> TypeGuard[nn.CrossEntropyLoss]:
+    """Whether the criterion computes what ``nn.CrossEntropyLoss`` does."""
+    return (
+        isinstance(criterion, nn.CrossEntropyLoss)
+        and type(criterion).forward is nn.CrossEntropyLoss.forward
+        and "forward" not in vars(criterion)
+    )
 
 
 def _cross_entropy(
@@ -194,7 +209,7 @@ def _cross_entropy(
         and _plain(criterion, target)
     ):
         share = 1 / p.shape[0] if criterion.reduction == "mean" else 1.0
-        labels = target.reshape(-1, 1)
+        labels = target.reshape(-1, 1).long()
         g = p.scatter_add(1, labels, p.new_full((1, 1), -1.0).expand_as(labels))
         return p, g.mul_(share), torch.as_tensor(share, dtype=p.dtype)
     if target.is_floating_point():
@@ -205,7 +220,7 @@ def _cross_entropy(
             q = q * weight.to(p.dtype)
         total: Tensor | float = float(q.shape[0])
     else:
-        labels = target.reshape(-1)
+        labels = target.reshape(-1).long()
         kept = labels != criterion.ignore_index
         labels = labels.where(kept, 0)
         q = torch.zeros_like(p).scatter_(1, labels.unsqueeze(1), 1 - smoothing)

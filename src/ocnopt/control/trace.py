@@ -8,7 +8,7 @@ from torch import Tensor
 from ocnopt.control.players import Player
 from ocnopt.control.record import Use
 from ocnopt.curvature.metric import Metric
-from ocnopt.layers.base import Params
+from ocnopt.layers.base import Params, add_all
 
 __all__ = ["Trace", "outer_norms"]
 
@@ -73,20 +73,15 @@ class Trace:
             else p.unsqueeze(1)
             for p in formed
         )
-        self.gradients = (
-            part
-            if self.gradients is None
-            else tuple(x + y for x, y in zip(self.gradients, part, strict=True))
-        )
+        self.gradients = part if self.gradients is None else add_all([self.gradients, part])
 
     def _form_gradients(self) -> None:
-        total = self.gradients
-        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
-            part = self.layer.column_gradients(a, p, fold)
-            total = (
-                part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
-            )
-        self.gradients = total
+        known = [] if self.gradients is None else [self.gradients]
+        parts = [
+            self.layer.column_gradients(a, p, fold)
+            for a, p, fold in zip(self.features, self.columns, self.folds, strict=True)
+        ]
+        self.gradients = add_all(known + parts)
 
     def _spread(self, coefficients: Tensor, columns: Tensor, fold: int) -> Tensor:
         """``sum_k coefficients_k P_k`` as one signal, (B * fold, *)."""
@@ -107,14 +102,12 @@ class Trace:
                 (g.reshape(flat.numel(), -1).t() @ flat).view(p.shape)
                 for g, p in zip(self.gradients, self.player.params, strict=True)
             )
-        total: Params | None = None
-        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
-            part = self.layer.gradient(a, self._spread(coefficients, p, fold))
-            total = (
-                part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
-            )
-        assert total is not None
-        return total
+        return add_all(
+            [
+                self.layer.gradient(a, self._spread(coefficients, p, fold))
+                for a, p, fold in zip(self.features, self.columns, self.folds, strict=True)
+            ]
+        )
 
     def add_weighted(
         self, base: Params, coefficients: Tensor, scale: float, factor: float = 1.0

@@ -36,6 +36,8 @@ def preconditioner(spec: str | Preconditioner | dict[str, Any]) -> Preconditione
         OptionError: Unknown name or option.
     """
     if isinstance(spec, Preconditioner):
+        # A user's own kind is known by name from here on, as checkpoints refer to it.
+        PRECONDITIONERS.setdefault(spec.name, type(spec))
         return spec
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)

@@ -53,8 +53,6 @@ class Preconditioner(ABC):
     decay_first: ClassVar[bool] = True
     #: Needs Kronecker factors, hence a player with matrix parameters.
     factored: ClassVar[bool] = False
-    #: Needs ``E[Q_u]`` before the direction is known.
-    adaptive: ClassVar[bool] = True
 
     @abstractmethod
     def observe(self, seen: Observation) -> Metric:

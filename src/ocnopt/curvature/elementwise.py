@@ -17,7 +17,6 @@ class Identity(Preconditioner):
     """``M = I``; reduces to ``torch.optim.SGD``."""
 
     name: ClassVar[str] = "identity"
-    adaptive: ClassVar[bool] = False
 
     def observe(self, seen: Observation) -> Metric:
         """Nothing to observe."""

@@ -69,7 +69,6 @@ class KFAC(_Factored):
     """
 
     name: ClassVar[str] = "kfac"
-    adaptive: ClassVar[bool] = False
 
     def observe(self, seen: Observation) -> Metric:
         """Refresh the inverses where they are due."""

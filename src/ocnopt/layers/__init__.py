@@ -40,7 +40,7 @@ def kind_of(module: nn.Module) -> type[Layer] | str:
     """
     for base in type(module).__mro__:
         if base in KINDS:
-            if type(module).forward is not base.forward:
+            if type(module).forward is not base.forward or "forward" in vars(module):
                 return f"{type(module).__name__} overrides the forward of {base.__name__}"
             return KINDS[base]
     return f"{type(module).__name__} is not a layer kind that is known"

@@ -32,6 +32,14 @@ def inner(left: Params, right: Params, keep: int) -> Tensor:
     return total
 
 
+def add_all(parts: list[Params]) -> Params:
+    """Sum of several sets of parameters."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = tuple(x + y for x, y in zip(total, part, strict=True))
+    return total
+
+
 class Layer(ABC):
     """One parametrized layer as the core sees it: the affine map ``h = g(x, u)`` of Eq. 6 and 12.
 

@@ -66,7 +66,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._group_key: list[tuple[int, int]] = []
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._built: dict[int, tuple[dict[str, Any], Preconditioner]] = {}
+        self._frozen: set[Tensor] = set()
         super().__init__(resolve_groups(self.model, params), defaults)
+        self._frozen = {p for p in self.model.parameters() if not p.requires_grad}
         self._check_groups()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +91,8 @@ class ModelOptimizer(torch.optim.Optimizer):
             OptionError: An option out of range or an unknown name.
         """
         group = dict(param_group)
-        unknown = group.keys() - {"params", "initial_lr", "name"} - self.defaults.keys()
+        known = {"params", "initial_lr", "name", "betas"} | self.defaults.keys()
+        unknown = group.keys() - known
         if unknown:
             raise OptionError(
                 f"params: a group has no option {sorted(unknown)[0]!r}; choose from "
@@ -100,6 +103,14 @@ class ModelOptimizer(torch.optim.Optimizer):
             group["preconditioner"] = preconditioner(group["preconditioner"]).options()
         else:
             group["preconditioner"] = dict(self.defaults["preconditioner"])
+        if "betas" in group["preconditioner"]:
+            group.setdefault("betas", tuple(group["preconditioner"]["betas"]))
+        # A frozen parameter waits in the group it was given first; unfrozen, it may be moved.
+        moved = self._frozen.intersection(group["params"])
+        for other in self.param_groups:
+            if moved and any(p in moved for p in other["params"]):
+                other["params"] = [p for p in other["params"] if p not in moved]
+        self._frozen -= moved
         super().add_param_group(group)
         self._check_groups()
 
@@ -111,7 +122,8 @@ class ModelOptimizer(torch.optim.Optimizer):
                 number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
                 none = value is None and option == "feedback_clip"
                 _check(where, option, value, number or none, "a number")
-            _check(where, "lr", group["lr"], group["lr"] >= 0, "at least 0")
+            rate = float(group["lr"])
+            _check(where, "lr", group["lr"], 0 <= rate < math.inf, "finite and at least 0")
             _check(where, "momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
             decay = group["weight_decay"]
             _check(where, "weight_decay", decay, decay >= 0, "at least 0")
@@ -142,6 +154,8 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def _build(self, group: dict[str, Any]) -> Preconditioner:
         options = group["preconditioner"]
+        if "betas" in options and "betas" in group:
+            options = {**options, "betas": tuple(group["betas"])}
         known = self._built.get(id(group))
         if known is None or known[0] != options:
             known = self._built[id(group)] = (dict(options), preconditioner(options))
@@ -248,7 +262,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         by_id.update({id(p): player for player in self.players for p in player.params})
         rows = []
         for name, param in self.model.named_parameters():
-            if id(param) not in owned:
+            if id(param) not in owned or not param.requires_grad:
                 continue
             entry = by_id.get(id(param))
             module, _, _ = name.rpartition(".")
@@ -262,11 +276,8 @@ class ModelOptimizer(torch.optim.Optimizer):
             elif entry is not None:
                 rows.append(Coverage(name, module, entry.kind, "first-order", entry.reason))
             else:
-                rows.append(
-                    Coverage(
-                        name, module, "?", "first-order", "trained since the optimizer was built"
-                    )
-                )
+                why = "unfrozen since the optimizer was built; build it anew for feedback"
+                rows.append(Coverage(name, module, "?", "first-order", why))
         return rows
 
     def _is_player(self, player: Player) -> bool:

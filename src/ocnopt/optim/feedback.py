@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -74,8 +75,8 @@ class FeedbackOptimizer(ModelOptimizer):
                 "keep_grad=False, but with bellman='off' and rollout='off' the gradient is all "
                 "that is needed; leave keep_grad=True"
             )
-        if measure_every < 0:
-            raise OptionError(f"measure_every={measure_every}, but it must be at least 0")
+        if not isinstance(measure_every, int) or measure_every < 0:
+            raise OptionError(f"measure_every={measure_every!r}, but it must be at least 0")
         if measure_every and criterion is None:
             raise OptionError("measure_every needs the criterion, to evaluate the loss again")
         self.criterion = criterion
@@ -88,18 +89,23 @@ class FeedbackOptimizer(ModelOptimizer):
         # So that a GradScaler announces itself: its unscaling would not reach the players.
         self._step_supports_amp_scaling = not keep_grad
         self._steps = 0
+        self._warned = False
         self._ledger: Ledger | None = None
         feedback = bellman != "off" or rollout != "off"
         self.terminal = TerminalCost(criterion, terminal)
         if not feedback:  # no curvature is asked for, so none is computed
             self.terminal = TerminalCost(None, "outer-product")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "feedback_clip": feedback_clip,
             "preconditioner": preconditioner(rule).options(),
         }
+        betas = defaults["preconditioner"].get("betas")
+        if betas is not None:
+            # Where torch's schedulers look for Adam's; they cycle "momentum" only without it.
+            defaults["betas"] = betas
         self._ready = False
         super().__init__(model, defaults, params)
         self._hook()
@@ -186,13 +192,16 @@ class FeedbackOptimizer(ModelOptimizer):
                 "keep_grad=False leaves .grad empty, which a GradScaler and data parallelism need; "
                 "build the optimizer with keep_grad=True"
             )
-        losses = [call.loss for p in passes for call in p.calls]
+        losses = [c.loss for p in passes for c in p.calls if c.scale is not None]
         self._require_finite_losses(losses)
         if self.criterion is not None and passes and not losses:
+            name = type(self.criterion).__name__
+            ignored = self.recorder.ignored if self.recorder is not None else ""
+            what = f"could not be used: {ignored}" if ignored else "took no part in the last step"
             raise RecordingError(
-                f"the criterion given to the optimizer ({type(self.criterion).__name__}) was not "
-                "called since the last step, so the cost's curvature and scale are unknown; call "
-                "that very module in the loop, or leave it out of the constructor"
+                f"the criterion given to the optimizer ({name}) {what}, so the cost's curvature "
+                "and scale are unknown; call that very module on the model's output, or leave it "
+                "out of the constructor"
             )
         if self.rollout != "nonlinear" or not passes:
             return
@@ -200,7 +209,8 @@ class FeedbackOptimizer(ModelOptimizer):
             raise GraphError(
                 f"rollout='nonlinear' runs the last forward pass again, but {len(passes)} passes "
                 f"with {passes[0].forwards} calls of the model led to this step; use "
-                "rollout='linear' with gradient accumulation or several calls"
+                "rollout='linear' with gradient accumulation or several calls, and "
+                "torch.no_grad() for evaluation"
             )
 
     def _stages(
@@ -226,6 +236,13 @@ class FeedbackOptimizer(ModelOptimizer):
         for batch in batches:
             self._reasons.update(batch.skipped)
             order.update(dict.fromkeys(batch.traces))
+        if not any(batch.samples for batch in batches) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"no layer has feedback: {next(iter(self._reasons.values()), 'unknown')}; the "
+                "step is the first-order one (said once)",
+                stacklevel=4,
+            )
         batches = [batch for batch in batches if batch.samples]
         stages = []
         for player in order:
@@ -242,7 +259,9 @@ class FeedbackOptimizer(ModelOptimizer):
             if not (self.feedback_on or rule.factored):
                 continue
             states = self._states(player.params)
-            mover = ParamMover(list(player.params), mine, states, rule, player.layer)
+            mover = ParamMover(
+                list(player.params), mine, states, rule, player.layer, not self.keep_grad
+            )
             stages.append(Stage(player, mover, mine[0]["feedback_clip"]))
         if not self.keep_grad:
             for player in expected:
@@ -266,7 +285,8 @@ class FeedbackOptimizer(ModelOptimizer):
         raise RecordingError(
             f"gradients arrived, but no call of any layer was recorded (first: "
             f"{expected[0].name!r}). Build the optimizer before torch.compile and before the "
-            "first forward pass; do not call detach() before the last step"
+            "first forward pass; call backward() before every step(), on this model's loss, and "
+            "detach() only after the last"
         )
 
     def _rest(

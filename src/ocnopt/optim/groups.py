@@ -57,7 +57,8 @@ def resolve_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
             :func:`resolve` takes; the latter go into the last group, too.
 
     Returns:
-        Groups as ``torch.optim.Optimizer`` takes them, trained parameters only.
+        Groups as ``torch.optim.Optimizer`` takes them. Frozen parameters are in them, too: they
+        are trained once they are unfrozen.
 
     Raises:
         OptionError: Unknown names, a parameter in two groups, or nothing to train.
@@ -76,16 +77,16 @@ def resolve_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
             )
         if "params" not in entry:
             raise OptionError("params: a group needs the key 'params'")
-        unique = {id(p): p for p in resolve(model, entry["params"]) if p.requires_grad}
+        unique = {id(p): p for p in resolve(model, entry["params"])}
         for key in unique:
             if key in taken:
                 name = next((n for n, p in model.named_parameters() if id(p) == key), "a tensor")
                 raise OptionError(f"params: {name!r} is in groups {taken[key]} and {len(groups)}")
             taken[key] = len(groups)
         groups.append({**entry, "params": list(unique.values())})
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    rest = [p for p in model.parameters() if id(p) not in taken]
     if rest:
         groups.append({"params": rest})
-    if not any(group["params"] for group in groups):
+    if not any(p.requires_grad for p in model.parameters()):
         raise OptionError("the model has no parameter that requires a gradient")
     return groups

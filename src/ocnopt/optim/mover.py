@@ -29,6 +29,7 @@ class ParamMover:
             written into, so that a step that fails leaves nothing behind.
         preconditioner: M.
         layer: The player's layer, or None.
+        partial: Whether the player's own gradient is not in ``.grad``.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ParamMover:
         states: list[dict[str, Any]],
         preconditioner: Preconditioner,
         layer: Layer | None = None,
+        partial: bool = False,
     ) -> None:
         self.params = params
         self.groups = groups
@@ -46,14 +48,20 @@ class ParamMover:
         self.layer = layer
         self.rates = tuple(float(group["lr"]) for group in groups)
         self.decays = [float(group["weight_decay"]) for group in groups]
+        self.partial = partial
         self.scale = 1.0
+        #: Whether the loop, or a hook of a parameter, did more than rescale the gradient.
+        self.edited = any(p._backward_hooks for p in params)
         self.report: dict[str, float] = {}
         self._metric: Metric | None = None
         self._seen: Observation | None = None
         grads = [p.grad for p in params]
         self._base: Params | None = None
-        if all(grad is not None for grad in grads):
-            self._base = tuple(g.to_dense() if g.is_sparse else g for g in grads if g is not None)
+        if any(grad is not None for grad in grads):
+            self._base = tuple(
+                torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+                for p, g in zip(params, grads, strict=True)
+            )
 
     @property
     def plain(self) -> bool:
@@ -63,7 +71,9 @@ class ParamMover:
     @property
     def only_rate(self) -> float | None:
         """The learning rate, where the move is the direction times it and nothing else."""
-        simple = self.plain and not any(self.decays) and len(set(self.rates)) == 1
+        simple = (
+            self.plain and not self.edited and not any(self.decays) and len(set(self.rates)) == 1
+        )
         if not simple or any(group["momentum"] for group in self.groups):
             return None
         return self.rates[0]
@@ -71,6 +81,12 @@ class ParamMover:
     def base(self) -> Params | None:
         """The gradient as the loop left it; None where autograd formed none."""
         return self._base
+
+    def masked(self, d: Params) -> Params:
+        """The direction without the entries that the loop has set to zero in the gradient."""
+        if not self.edited or self._base is None:
+            return d
+        return tuple(part.masked_fill(g == 0, 0) for part, g in zip(d, self._base, strict=True))
 
     def gradient(self) -> Params:
         """The gradient, which autograd did form."""

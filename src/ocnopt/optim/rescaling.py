@@ -16,13 +16,16 @@ __all__ = ["measure_scales"]
 def measure_scales(stages: Sequence[Stage], recorder: Recorder) -> None:
     """Set every mover's scale: the factor by which clipping or unscaling changed its gradient.
 
-    The recorded signals know nothing of it, so a few entries of one gradient per player are
-    compared with what autograd made them.
+    A change that is no common factor (a mask, a clip by value) marks the mover as edited.
+
+    The recorded signals know nothing of it, so a few entries of every gradient are compared with
+    what autograd made them.
     """
     pairs = [
-        (stage, made, sample_of(stage.player.params[-1]))
+        (stage, made, sample_of(param))
         for stage in stages
-        if (made := recorder.samples[stage.player.index]) is not None
+        for param in stage.player.params
+        if param.grad is not None and (made := recorder.samples.get(param)) is not None
     ]
     if not pairs:
         return
@@ -38,8 +41,17 @@ def measure_scales(stages: Sequence[Stage], recorder: Recorder) -> None:
     squares = [float(x.sum()) for x in (before * before).split(sizes)]
     total = sum(squares)
     common = sum(products) / total if total > 0 else 1.0
+    factors: dict[int, list[float]] = {}
     for (stage, _, _), product, square in zip(pairs, products, squares, strict=True):
+        both = factors.setdefault(id(stage), [0.0, 0.0])
+        both[0] += product
+        both[1] += square
+    for stage in stages:
+        product, square = factors.get(id(stage), (0.0, 0.0))
         own = product / square if square > 0 else common
         # Rounding apart, clipping and unscaling have one factor for all players.
         close = abs(own - common) <= 1e-3 * abs(common)
         stage.mover.scale = common if close else own
+    for (stage, _, now), old in zip(pairs, before.split(sizes), strict=True):
+        rest = now.double() - stage.mover.scale * old
+        stage.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())
