@@ -492,7 +492,7 @@ class Recorder:
 
     def commit(self, index: int, param: Tensor) -> None:
         """A player's parameter accumulated its gradient: what it received counts."""
-        self.samples[param] = sample_of(param)
+        self.samples[param] = sample_of(param).clone()
         self._settle(index)
 
     def _settle(self, index: int) -> None:
@@ -536,13 +536,13 @@ class Recorder:
 
 
 def sample_of(param: Tensor) -> Tensor:
-    """At most :data:`SAMPLE` entries of a parameter's gradient, copied."""
+    """At most :data:`SAMPLE` entries of a parameter's gradient, a view where that is possible."""
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
         grad = grad.coalesce().values()
     flat = grad.reshape(-1)
-    return flat[:: -(-flat.numel() // SAMPLE)].clone() if flat.numel() > SAMPLE else flat.clone()
+    return flat if flat.numel() <= SAMPLE else flat[:: -(-flat.numel() // SAMPLE)]
 
 
 class _Anchored(torch.autograd.Function):
