@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ocnopt.control.passes import Pass, TerminalCall, Use, count_samples
 from ocnopt.control.players import Player
-from ocnopt.control.record import Pass, TerminalCall, Use, count_samples
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.control.trace import Trace
 from ocnopt.curvature.metric import to_float

@@ -10,271 +10,23 @@ a copy of the model.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from ocnopt.control.hooks import Anchored, GradHook, ModuleHook, Receiver
+from ocnopt.control.passes import Pass, TerminalCall, Use, count_samples
 from ocnopt.control.players import Player
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.errors import RecordingError
-from ocnopt.layers.base import Params, add_all
 
-if TYPE_CHECKING:
-    from ocnopt.control.replay import Setting
-    from ocnopt.control.tape import Tape
-
-__all__ = ["Pass", "Recorder", "TerminalCall", "Use", "count_samples", "sample_of"]
+__all__ = ["Recorder", "sample_of"]
 
 #: Entries of a gradient that are kept to see how the loop rescaled it.
 SAMPLE = 128
-
-
-class Arrivals:
-    """Gradients that reached a tensor, by the backward pass that brought them.
-
-    A user's own ``torch.autograd.grad`` passes the same tensors as the ``backward`` that fills
-    ``.grad``; only the latter counts, and which one it was is known when it is over.
-    """
-
-    __slots__ = ("grads",)
-
-    def __init__(self) -> None:
-        self.grads: list[tuple[int, Tensor]] = []
-
-    def __call__(self, grad: Tensor) -> None:
-        self.grads.append((torch._C._current_graph_task_id(), grad.detach()))
-
-    def total(self, tasks: set[int]) -> Tensor | None:
-        """Sum of what the given backward passes brought."""
-        found: Tensor | None = None
-        for task, grad in self.grads:
-            if task in tasks:
-                found = grad if found is None else found + grad
-        return found
-
-
-class HasColumns(Protocol):
-    """Anything that back-propagated terminal columns can be stored in."""
-
-    columns: list[Tensor | None]
-
-
-class Use:
-    """One call of one player's module.
-
-    Attributes:
-        player: The player.
-        order: Position among all recorded calls.
-        rows: First dimension of the output; 0 where the call had no batch dimension.
-        dims: Dimensions of the output.
-        capture: What the layer kind kept of the call.
-        signal: dL/dh, back-propagated from the loss as it was scaled; shape of h.
-        columns: Back-propagated columns of the terminal Hessian's factor, unscaled.
-        gradients: Weight gradients of every row, formed as the signal arrived where they take less
-            room than it; then ``signal`` is None.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "capture",
-        "columns",
-        "dims",
-        "gradients",
-        "order",
-        "owner",
-        "pending",
-        "player",
-        "rows",
-        "signal",
-        "task",
-        "version",
-    )
-
-    def __init__(
-        self,
-        player: Player,
-        order: int,
-        rows: int,
-        dims: int,
-        capture: tuple[Any, ...],
-        owner: Pass,
-    ) -> None:
-        self.player = player
-        self.order = order
-        self.rows = rows
-        self.dims = dims
-        self.capture = capture
-        self.version = capture[0]._version
-        self.owner = owner
-        self.signal: Tensor | None = None
-        self.pending: Tensor | None = None
-        self.task = -1
-        self.columns: list[Tensor | None] = []
-        self.gradients: Params | None = None
-
-    def require_untouched(self) -> None:
-        """Raise unless the input is still what the forward pass saw.
-
-        Raises:
-            RecordingError: It was written into.
-        """
-        if self.capture[0]._version != self.version:
-            raise RecordingError(
-                f"the input of layer {self.player.name!r} was changed in place after its forward "
-                "pass; use an out-of-place operation there, or call step() before the change"
-            )
-
-    def accept(self, signal: Tensor, compact: bool) -> bool:
-        """Keep a signal, or the weight gradients it makes.
-
-        Args:
-            signal: dL/dh.
-            compact: Whether weight gradients may stand for it.
-
-        Returns:
-            Whether this was the first.
-        """
-        first = self.signal is None and self.gradients is None
-        if compact and self.rows:
-            layer, dtype = self.player.layer, self.player.params[0].dtype
-            with torch.no_grad():
-                a = layer.features(self.capture, dtype)
-                g = signal if signal.dtype == dtype else signal.to(dtype)
-                if layer.prefers_samples(a, g):
-                    self.require_untouched()
-                    formed = layer.sample_gradients(a, g)
-                    known = self.gradients
-                    self.gradients = formed if known is None else add_all([known, formed])
-                    return first
-        self.signal = signal if self.signal is None else self.signal + signal
-        return first
-
-
-class TerminalCall:
-    """One call of the criterion: its inputs and how the loss was scaled afterwards.
-
-    Attributes:
-        output: The criterion's first argument, detached.
-        args: Its further arguments.
-        kwargs: Its keyword arguments.
-        loss: The loss, detached.
-        scale: d(total)/d(loss): 1, or 1/k where the loss was divided by k; None where the loss
-            took no part in the gradients.
-    """
-
-    def __init__(
-        self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
-    ) -> None:
-        self.output = output
-        self.args = args
-        self.kwargs = kwargs
-        self.loss = loss
-        self.scale: Tensor | None = None
-        #: Whether the loop picked rows by index or mask before the call.
-        self.picked = False
-        self.arrivals = Arrivals()
-
-
-class Pass:
-    """One forward pass of the model with its calls of the criterion."""
-
-    def __init__(self) -> None:
-        self.received: list[Use] = []
-        self.calls: list[TerminalCall] = []
-        self.edges: list[tuple[HasColumns, GradientEdge]] = []
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.result: Tensor | None = None
-        self.setting: Setting | None = None
-        self.tape: Tape | None = None
-        self.forwards = 0
-        #: Samples that columns were made for.
-        self.samples = 0
-        self.first: weakref.ref[Use] | None = None
-        #: Backward passes that accumulated gradients.
-        self.tasks: set[int] = set()
-
-    def abandoned(self) -> bool:
-        """Whether the graph of the first call is gone, so that no gradient can arrive."""
-        return self.first is not None and self.first() is None
-
-    def let_go(self) -> None:
-        """Drop the graph's edges: through its hooks the graph knows the pass, a cycle."""
-        self.edges = []
-        if self.tape is not None:
-            self.tape.new_edges = []
-
-    def settle(self) -> None:
-        """Add up what the backward passes that count have brought."""
-        for call in self.calls:
-            call.scale = call.arrivals.total(self.tasks)
-        if self.tape is not None:
-            for edge in self.tape.edges:
-                edge.signal = edge.arrivals.total(self.tasks)
-
-    def uses(self) -> dict[Player, list[Use]]:
-        """Calls whose gradient arrived, per player, players in the order of their first call."""
-        table: dict[Player, list[Use]] = {}
-        for use in sorted(self.received, key=lambda u: u.order):
-            table.setdefault(use.player, []).append(use)
-        return table
-
-
-def count_samples(uses: list[Use], calls: list[TerminalCall]) -> int:
-    """B: the most common first dimension of the players' outputs that divides the criterion's.
-
-    Returns:
-        The number of samples, or 0 where the two do not agree.
-    """
-    rows = calls[0].output.shape[0] if calls and calls[0].output.dim() else 0
-    sizes = Counter(use.rows for use in uses if use.rows)
-    for size, _ in sizes.most_common():
-        if rows % size == 0:
-            return size
-    if rows and all(size % rows == 0 for size in sizes):
-        return rows  # several consecutive rows of every layer make one sample (multiple choice)
-    return 0
-
-
-class _Hook:
-    """A hook that survives a deepcopy or pickle of its module as something that does nothing."""
-
-    __slots__ = ("index", "recorder", "verb")
-
-    def __init__(self, recorder: Recorder | None, verb: str, index: int = -1) -> None:
-        self.recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
-        self.verb = verb
-        self.index = index
-
-    def __call__(self, *args: Any) -> Any:
-        recorder = self.recorder()
-        if recorder is not None and recorder.active and torch.is_grad_enabled():
-            return getattr(recorder, self.verb)(self.index, *args)
-        return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None, self.verb)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None, str]]:
-        return _Hook, (None, self.verb)
-
-
-class _GradHook:
-    """Commits what a player received once autograd has accumulated its parameter's gradient."""
-
-    __slots__ = ("index", "recorder")
-
-    def __init__(self, recorder: Recorder, index: int) -> None:
-        self.recorder = weakref.ref(recorder)
-        self.index = index
-
-    def __call__(self, param: Tensor) -> None:
-        recorder = self.recorder()
-        if recorder is not None and recorder.active:
-            recorder.commit(self.index, param)
 
 
 class Recorder:
@@ -320,29 +72,29 @@ class Recorder:
         self._order = 0
         self._pending: list[list[Use]] = [[] for _ in players]
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(_Hook(self, "begin"), with_kwargs=True),
+            model.register_forward_pre_hook(ModuleHook(self, "begin"), with_kwargs=True),
         ]
         for player in players:
-            hook = _Hook(self, "record", player.index)
+            hook = ModuleHook(self, "record", player.index)
             self._handles.append(
                 player.module.register_forward_hook(
                     hook, prepend=True, with_kwargs=True, always_call=not keep_grad
                 )
             )
             if not keep_grad:
-                hide = _Hook(self, "hide", player.index)
+                hide = ModuleHook(self, "hide", player.index)
                 self._handles.append(
                     player.module.register_forward_pre_hook(hide, with_kwargs=True)
                 )
                 continue
-            grad_hook = _GradHook(self, player.index)
+            grad_hook = GradHook(self, player.index)
             for param in player.params:
                 self._handles.append(param.register_post_accumulate_grad_hook(grad_hook))
         if on_forward is not None:
-            end = _Hook(self, "end")
+            end = ModuleHook(self, "end")
             self._handles.append(model.register_forward_hook(end, with_kwargs=True))
         if criterion is not None:
-            hook = _Hook(self, "finish")
+            hook = ModuleHook(self, "finish")
             self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
@@ -401,7 +153,7 @@ class Recorder:
                 param.requires_grad_(True)
             self._hidden[index] = []
             if isinstance(output, Tensor) and not output.requires_grad:
-                output = replaced = _Anchored.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+                output = replaced = Anchored.apply(output, self._anchor)  # type: ignore[no-untyped-call]
         if not isinstance(output, Tensor) or not output.requires_grad:
             return None
         current = self.current
@@ -419,7 +171,7 @@ class Recorder:
             current.first = weakref.ref(use)
         if self.terminal is not None and self.terminal.rank_r:
             current.edges.append((use, get_gradient_edge(output)))
-        output.register_hook(_Receiver(use, weakref.ref(self)))
+        output.register_hook(Receiver(use, weakref.ref(self)))
         if tape is not None:
             tape.paused = False
         return replaced
@@ -543,36 +295,6 @@ def sample_of(param: Tensor) -> Tensor:
         grad = grad.coalesce().values()
     flat = grad.reshape(-1)
     return flat if flat.numel() <= SAMPLE else flat[:: -(-flat.numel() // SAMPLE)]
-
-
-class _Anchored(torch.autograd.Function):
-    """Makes a tensor that nothing before it differentiates part of the graph, at no cost."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        """The same tensor."""
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        """Nothing."""
-        return None, None
-
-
-class _Receiver:
-    """Tensor hook on a call's output; owns the call's record until the gradient arrives."""
-
-    __slots__ = ("recorder", "use")
-
-    def __init__(self, use: Use, recorder: weakref.ref[Recorder]) -> None:
-        self.use = use
-        self.recorder = recorder
-
-    def __call__(self, grad: Tensor) -> None:
-        recorder = self.recorder()
-        if recorder is not None:
-            recorder.receive(self.use, grad)
 
 
 def _remove(handles: list[Any]) -> None:

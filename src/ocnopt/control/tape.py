@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.batch import Batch
+from ocnopt.control.passes import Arrivals
 from ocnopt.control.players import Player
-from ocnopt.control.record import Arrivals
 from ocnopt.errors import GraphError
 
 __all__ = ["Tape"]

@@ -24,7 +24,7 @@ from ocnopt.curvature.metric import to_float
 from ocnopt.errors import GraphError, OptionError
 
 if TYPE_CHECKING:
-    from ocnopt.control.record import TerminalCall
+    from ocnopt.control.passes import TerminalCall
 
 __all__ = ["FORMS", "Criterion", "TerminalCost"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ocnopt.control.passes import Use
 from ocnopt.control.players import Player
-from ocnopt.control.record import Use
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params, add_all
 

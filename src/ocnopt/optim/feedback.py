@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ocnopt.control.batch import Batch, gather
 from ocnopt.control.bellman import RECURSIONS
 from ocnopt.control.diagnostics import Diagnostics, Ledger
+from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
-from ocnopt.control.record import Pass, Recorder
+from ocnopt.control.record import Recorder
 from ocnopt.control.replay import as_seen, capture_setting, run_again
 from ocnopt.control.sweep import Stage, Sweep
 from ocnopt.control.tape import Tape

@@ -1,0 +1,87 @@
+"""The hooks that connect a model to its recorder, and that a copy of the model does not inherit."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.control.passes import Use
+
+if TYPE_CHECKING:
+    from ocnopt.control.record import Recorder
+
+__all__ = ["Anchored", "GradHook", "ModuleHook", "Receiver"]
+
+
+class ModuleHook:
+    """A hook that survives a deepcopy or pickle of its module as something that does nothing."""
+
+    __slots__ = ("index", "recorder", "verb")
+
+    def __init__(self, recorder: Recorder | None, verb: str, index: int = -1) -> None:
+        self.recorder = (lambda: None) if recorder is None else weakref.ref(recorder)
+        self.verb = verb
+        self.index = index
+
+    def __call__(self, *args: Any) -> Any:
+        """Pass the call on while gradients are recorded."""
+        recorder = self.recorder()
+        if recorder is not None and recorder.active and torch.is_grad_enabled():
+            return getattr(recorder, self.verb)(self.index, *args)
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
+        return ModuleHook(None, self.verb)
+
+    def __reduce__(self) -> tuple[type[ModuleHook], tuple[None, str]]:
+        return ModuleHook, (None, self.verb)
+
+
+class GradHook:
+    """Commits what a player received once autograd has accumulated its parameter's gradient."""
+
+    __slots__ = ("index", "recorder")
+
+    def __init__(self, recorder: Recorder, index: int) -> None:
+        self.recorder = weakref.ref(recorder)
+        self.index = index
+
+    def __call__(self, param: Tensor) -> None:
+        """Autograd accumulated a gradient."""
+        recorder = self.recorder()
+        if recorder is not None and recorder.active:
+            recorder.commit(self.index, param)
+
+
+class Receiver:
+    """Tensor hook on a call's output; owns the call's record until the gradient arrives."""
+
+    __slots__ = ("recorder", "use")
+
+    def __init__(self, use: Use, recorder: weakref.ref[Recorder]) -> None:
+        self.use = use
+        self.recorder = recorder
+
+    def __call__(self, grad: Tensor) -> None:
+        """The gradient of the call's output arrived."""
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.receive(self.use, grad)
+
+
+class Anchored(torch.autograd.Function):
+    """Makes a tensor that nothing before it differentiates part of the graph, at no cost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        """The same tensor."""
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        """Nothing."""
+        return None, None
