@@ -75,6 +75,7 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "share, exact Hessian": {"terminal": "gauss-newton"},
     "share, nonlinear rollout": {"rollout": "nonlinear"},
     "share, no feedback": {"rollout": "off"},
+    "share, M from the gradient": {"curvature": "gradient"},
 }
 
 _loaded: dict[str, Data] = {}

@@ -97,6 +97,7 @@ class Sweep:
         batches: Recorded samples.
         rule: The recursion.
         rollout: "linear", "nonlinear" or "off".
+        curvature: What M is built from: "value" (Q_u and V_h, Table 2) or "gradient".
         reduce: Averages tensors over data-parallel processes, or None.
         total: Sums a number over processes, or None.
     """
@@ -107,6 +108,7 @@ class Sweep:
         batches: list[Batch],
         rule: str,
         rollout: str,
+        curvature: str = "value",
         reduce: Callable[[Params], Params] | None = None,
         total: Callable[[Params], Params] | None = None,
     ) -> None:
@@ -114,6 +116,7 @@ class Sweep:
         self.batches = batches
         self.rule = rule
         self.rollout = rollout
+        self.curvature = curvature
         self.reduce = reduce
         self.total = total
         self.rho: list[Tensor | None] = [None] * len(batches)
@@ -171,7 +174,7 @@ class Sweep:
             stage.values = values
             mover = stage.mover
 
-            def mean(stage: Stage = stage) -> Params:
+            def value_mean(stage: Stage = stage) -> Params:
                 if all(
                     v is batch.v for batch, (v, _) in zip(self.batches, stage.values, strict=True)
                 ):
@@ -182,6 +185,9 @@ class Sweep:
                 ]
                 return self.weighted(stage, excess)
 
+            def mean(value_mean: Callable[[], Params] = value_mean, stage: Stage = stage) -> Params:
+                return self._gradient(stage) if self.curvature == "gradient" else value_mean()
+
             def factors(stage: Stage = stage) -> tuple[Tensor, Tensor]:
                 return self._factors(stage)
 
@@ -189,7 +195,7 @@ class Sweep:
             if self.rule == "off" or position == 0:
                 continue  # no player before the first asks for its value
             if self.rule == "joint":
-                step = mover.probe(mean())
+                step = mover.probe(value_mean())
                 values = [
                     self._pull_joint(batch, stage, step, v, k)
                     for batch, (v, k) in zip(self.batches, values, strict=True)
@@ -259,6 +265,7 @@ class Sweep:
             trace = batch.traces.get(stage.player)
             if trace is None:
                 continue
+            v = batch.v if self.curvature == "gradient" else v
             rows, cols = trace.rows_and_cols(batch.signal_own(v), 1.0)
             rows_seen += rows.shape[0] * rows.shape[1]
             a = _second_moment(rows.to(trace.dtype))

@@ -43,6 +43,9 @@ class DDPNOpt(FeedbackOptimizer):
         weight_decay: L2 penalty, placed as in the optimizer that lends M.
         reduction: How the criterion reduces over samples, "mean" or "sum"; read off the criterion
             where it says so.
+        curvature: What M is built from: "value" (Q_u and V_h, as in Table 2) or "gradient" (J_u and
+            J_h, as the lender does). An adaptive M built from Q_u normalizes away what the value
+            function holds back; built from the gradient it does not.
         measure_every: Measure the actual decrease on the same batch every so many steps, at the
             cost of a forward pass; 0 for never.
         keep_grad: Whether ``.grad`` is filled as the loop expects. If not, a step saves one weight
@@ -78,6 +81,7 @@ class DDPNOpt(FeedbackOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         reduction: str = "mean",
+        curvature: str = "value",
         measure_every: int = 0,
         keep_grad: bool = True,
         params: Any = None,
@@ -99,4 +103,5 @@ class DDPNOpt(FeedbackOptimizer):
             measure_every=measure_every,
             params=params,
             keep_grad=keep_grad,
+            curvature=curvature,
         )

@@ -57,6 +57,7 @@ class FeedbackOptimizer(ModelOptimizer):
         measure_every: int,
         params: Any,
         keep_grad: bool = True,
+        curvature: str = "value",
     ) -> None:
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise OptionError(
@@ -68,6 +69,7 @@ class FeedbackOptimizer(ModelOptimizer):
             ("bellman", bellman, RECURSIONS),
             ("rollout", rollout, ROLLOUTS),
             ("reduction", reduction, ("mean", "sum")),
+            ("curvature", curvature, ("value", "gradient")),
         ):
             if value not in choices:
                 raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
@@ -83,6 +85,7 @@ class FeedbackOptimizer(ModelOptimizer):
         self.criterion = criterion
         self.bellman = bellman
         self.rollout = rollout
+        self.curvature = curvature
         own = getattr(criterion, "reduction", None)
         self.reduction = own if own in ("mean", "sum") else reduction
         self.measure_every = measure_every
@@ -164,6 +167,7 @@ class FeedbackOptimizer(ModelOptimizer):
                 batches,
                 self.bellman,
                 self.rollout,
+                self.curvature,
                 mean_over if sharing else None,
                 sum_over if sharing else None,
             )
