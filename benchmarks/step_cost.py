@@ -212,14 +212,15 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
         "Time and peak memory of one step relative to `torch.optim.SGD`, measured in turns in one",
         "run, medians. Floor of the linear rollout: 1.67 in time with `.grad` kept, 1.33 without.",
         "",
-        "Where the rest goes. An adaptive M needs E[Q_u] before the feedback is known, one more",
+        "Where the rest goes. An adaptive M needs E[Q_u] before the feedback is known: one more",
         "weight gradient (floor 1.67 without `.grad`, too), and with the share recursion each",
-        "sample's gradient norm under M, one more product. Convolutions form per-sample gradients",
-        "once, faster than the batch's own weight gradient, and answer everything else from them:",
-        "hence less than the floor. Under KFAC and EKFAC the share recursion measures every sample's",
-        "gradient in the metric: cheap at one location per sample, several products where there are",
-        "many (Transformer). EKFAC on wide layers rotates whole gradients, which costs more than the",
-        "batch. The small network pays for Python and for some 150 tensor operations a step.",
+        "sample's gradient norm under M: one more product. Convolutions form per-sample",
+        "gradients once, faster than the batch's own weight gradient, and answer everything else",
+        "from them: hence less than the floor. Under KFAC and EKFAC the share recursion measures",
+        "every sample's gradient in the metric: cheap at one location per sample, several",
+        "products where there are many (Transformer). EKFAC on wide layers rotates whole",
+        "gradients, which costs more than the batch. The small network pays for the number of",
+        "operations, whose arithmetic is next to nothing.",
     ]
     for threads, nets in figures.items():
         lines += ["", f"## {threads} thread{'s' if threads != '1' else ''}", ""]
