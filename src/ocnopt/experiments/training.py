@@ -43,7 +43,7 @@ class TrainResult:
         config: Its settings, with every default filled in.
         model: The trained network.
         parameters: Number of trainable numbers in it.
-        steps: Steps done, over all sessions of a resumed run.
+        steps: Steps done, from the first start of a resumed run on.
         steps_per_epoch: Steps in an epoch.
         train_loss: Mean training loss over the last epoch's steps (over all steps if there are
             fewer); NaN if the run diverged.
