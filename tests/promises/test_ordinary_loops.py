@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ocnopt
 
@@ -282,3 +283,44 @@ def test_a_hook_that_changes_a_layers_output_is_part_of_the_dynamics():
         for _ in range(3):
             step(model, optimizer, lambda m: criterion(m(x), y))
     same(hooked, written)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if self.reentrant is None:
+            return self.last(self.inner(h))
+        h = checkpoint(self.inner, h, use_reentrant=self.reentrant)
+        return self.last(h)
+
+
+def test_activation_checkpointing_changes_nothing():
+    x, y = batch()
+    models = []
+    for reentrant in (None, False):
+        torch.manual_seed(0)
+        model, criterion = Checkpointed(reentrant), nn.CrossEntropyLoss()
+        optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.3)
+        for _ in range(3):
+            step(model, optimizer, lambda m, criterion=criterion: criterion(m(x), y))
+        assert {row.treatment for row in optimizer.coverage()} == {"player"}
+        models.append(model)
+    same(*models)
+
+
+def test_reentrant_checkpoints_are_first_order_by_name():
+    torch.manual_seed(0)
+    model, criterion = Checkpointed(True), nn.CrossEntropyLoss()
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.3)
+    x, y = batch()
+    before = model.inner[0].weight.detach().clone()
+    step(model, optimizer, lambda m: criterion(m(x), y))
+    rows = {row.module: row for row in optimizer.coverage()}
+    assert rows["inner.0"].treatment == "first-order" and "criterion" in rows["inner.0"].reason
+    torch.testing.assert_close(model.inner[0].weight, before - 0.3 * model.inner[0].weight.grad)

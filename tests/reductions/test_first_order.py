@@ -14,7 +14,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 LENDERS = {
     "sgd": ("identity", torch.optim.SGD, {}, {"lr": 0.05}),
-    "sgd-momentum": ("identity", torch.optim.SGD, {}, {"lr": 0.02, "momentum": 0.9}),
+    "sgd-momentum": ("identity", torch.optim.SGD, {}, {"lr": 0.05, "momentum": 0.9}),
     "sgd-decay": ("identity", torch.optim.SGD, {}, {"lr": 0.05, "weight_decay": 0.1}),
     "sgd-both": (
         "identity",

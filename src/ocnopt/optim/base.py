@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, overload
 
@@ -40,7 +41,7 @@ class Coverage(NamedTuple):
     reason: str
 
 
-class ModelOptimizer(torch.optim.Optimizer):
+class ModelOptimizer(torch.optim.Optimizer, ABC):
     """A ``torch.optim.Optimizer`` that is given the model rather than its parameters.
 
     Args:
@@ -187,8 +188,9 @@ class ModelOptimizer(torch.optim.Optimizer):
             self._step()
         return loss
 
+    @abstractmethod
     def _step(self) -> None:
-        raise NotImplementedError  # every subclass has its own
+        """Change the weights; gradients are off."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and forget the passes that made them."""

@@ -44,8 +44,7 @@ class DDPNOpt(FeedbackOptimizer):
         reduction: How the criterion reduces over samples, "mean" or "sum"; read off the criterion
             where it says so.
         curvature: What M is built from: "value" (Q_u and V_h, as in Table 2) or "gradient" (J_u and
-            J_h, as the lender does). An adaptive M built from Q_u normalizes away what the value
-            function holds back; built from the gradient it does not.
+            J_h, as the lender does).
         measure_every: Measure the actual decrease on the same batch every so many steps, at the
             cost of a forward pass; 0 for never.
         keep_grad: Whether ``.grad`` is filled as the loop expects. If not, a step saves one weight
