@@ -38,6 +38,8 @@ class Options:
     rollout: str = "linear"
     terminal: str = "matched"
     feedback_clip: float | None = None
+    value_reg: float = 0.0  # eps of V_xx + eps I at every player's input (Alg. 3, line 12)
+    dynamics_order: int = 1  # 2: the dynamics' second derivatives are kept (Eq. 26)
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: float = 0.99  # of RMSprop's second moment
@@ -84,6 +86,12 @@ def matched_curvature(gradient: Tensor, hessian: Tensor) -> Tensor:
     return gradient @ hessian @ gradient / norm**4 if norm > 0 else torch.zeros_like(norm)
 
 
+def positive_part(matrix: Tensor) -> Tensor:
+    """The symmetric part with its negative eigenvalues set to zero."""
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return vectors @ torch.diag(eigenvalues.clamp_min(0)) @ vectors.T
+
+
 def terminal_value(kind: str, gradient: Tensor, hessian: Tensor) -> Tensor:
     """V_xx at the last stage."""
     if kind == "outer-product":
@@ -92,6 +100,8 @@ def terminal_value(kind: str, gradient: Tensor, hessian: Tensor) -> Tensor:
         return matched_curvature(gradient, hessian) * torch.outer(gradient, gradient)
     if kind == "gauss-newton":
         return hessian
+    if kind == "full":
+        return positive_part(hessian)
     raise ValueError(kind)
 
 
@@ -189,6 +199,23 @@ def linearise(stages: Sequence[nn.Module], x: Tensor) -> list[list[Linearised]]:
             table[k].append(Linearised(state, output, f_x, f_u))
             state = output
     return table
+
+
+def second_derivatives(
+    stage: nn.Module, state: Tensor, V_x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """V_x . f_xx (n, n) and V_x . f_ux (m, n) of one sample: the Hessian of V_x^T f(x, u)."""
+    player, n = player_of(stage), state.numel()
+    point = state.reshape(-1)
+    if player is not None:
+        point = torch.cat([point, parameter_vector(player)])
+
+    def weighted(p: Tensor) -> Tensor:
+        u = None if player is None else p[n:]
+        return V_x @ run_stage(stage, p[:n].reshape(state.shape), u).reshape(-1)
+
+    hessian = torch.autograd.functional.hessian(weighted, point)
+    return hessian[:n, :n], None if player is None else hessian[n:, :n]
 
 
 # --- M -------------------------------------------------------------------------------------------
@@ -341,8 +368,12 @@ def ddp_step(
 
     `memory` (one dict per stage) carries the state of M and of the momentum to the next call;
     `table` is :func:`linearise` of the same stages and batch, where it has been computed already.
+
+    With ``dynamics_order=2`` every stage is expanded to second order ("DDPNOpt2nd", Eq. 26): V_xx
+    can be indefinite then, and what Q_uu takes of it is its positive part.
     """
     o, lr = options, options.lr
+    assert o.dynamics_order in (1, 2)
     memory = {} if memory is None else memory
     table = linearise(stages, x) if table is None else table
     batch = len(x)
@@ -360,6 +391,10 @@ def ddp_step(
         player = player_of(stage)
         Q_x = [r.f_x.T @ v for r, v in zip(rows, V_x, strict=True)]
         Q_xx = [r.f_x.T @ v @ r.f_x for r, v in zip(rows, V_xx, strict=True)]
+        bend = []
+        if o.dynamics_order == 2:
+            bend = [second_derivatives(stage, r.state, v) for r, v in zip(rows, V_x, strict=True)]
+            Q_xx = [q + f_xx for q, (f_xx, _) in zip(Q_xx, bend, strict=True)]
         after.insert(0, (V_x, V_xx))
         if player is None:
             V_x, V_xx = Q_x, Q_xx
@@ -367,6 +402,8 @@ def ddp_step(
             continue
         Q_u = [r.f_u.T @ v for r, v in zip(rows, V_x, strict=True)]
         Q_ux = [r.f_u.T @ v @ r.f_x for r, v in zip(rows, V_xx, strict=True)]
+        if o.dynamics_order == 2:
+            Q_ux = [q + f_ux for q, (_, f_ux) in zip(Q_ux, bend, strict=True)]
         Q_bar = sum(Q_u) / batch
         if o.preconditioner in (
             "rmsprop",
@@ -388,7 +425,8 @@ def ddp_step(
         M_inv = torch.linalg.inv(M)
         new_x, new_xx = [], []
         for i in range(batch):
-            own = rows[i].f_u.T @ V_xx[i] @ rows[i].f_u
+            V_hh = V_xx[i] if o.dynamics_order == 1 else positive_part(V_xx[i])
+            own = rows[i].f_u.T @ V_hh @ rows[i].f_u
             if o.bellman == "off":
                 new_x.append(Q_x[i])
                 new_xx.append(Q_xx[i])
@@ -407,7 +445,8 @@ def ddp_step(
                 raise ValueError(o.bellman)
             new_x.append(Q_x[i] - Q_ux[i].T @ Q_uu_inv @ Q_u[i])
             new_xx.append(Q_xx[i] - Q_ux[i].T @ Q_uu_inv @ Q_ux[i])
-        V_x, V_xx = new_x, new_xx
+        unit = torch.eye(len(new_xx[0])).to(new_xx[0])
+        V_x, V_xx = new_x, [(v + v.T) / 2 + o.value_reg * unit for v in new_xx]
         records.insert(0, StageRecord(V_x, V_xx, Q_u, Q_ux, M=M))
 
     # Forward: the policies, first player to last.
@@ -428,8 +467,11 @@ def ddp_step(
             d = torch.zeros_like(record.Q_u[0])
             for i in range(batch):
                 inside = player_entries(stage, rows[i])
-                y = value_x[i][inside]
-                z = (value_xx[i] @ rows[i].f_x @ dx[i])[inside]
+                if o.dynamics_order == 1:  # at the player's output
+                    y = value_x[i][inside]
+                    z = (value_xx[i] @ rows[i].f_x @ dx[i])[inside]
+                else:  # among its parameters
+                    y, z = record.Q_u[i], record.Q_ux[i] @ dx[i]
                 s = feedback_scale(o.feedback_clip, y, z)
                 record.scale.append(s)
                 d = d + (record.Q_u[i] + s * record.Q_ux[i] @ dx[i]) / batch
@@ -592,6 +634,7 @@ def graph_step(
     of :func:`ddp_step`; `table` is :func:`back_propagate` for the same batch and terminal.
     """
     o, lr, batch = options, options.lr, len(x)
+    assert o.terminal != "full" and o.value_reg == 0 and o.dynamics_order == 1, "chains alone"
     memory = {} if memory is None else memory
     names = {p: name for name, p in model.named_parameters()}
     table = back_propagate(model, players, x, phi, o.terminal) if table is None else table

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ocnopt import control, curvature, errors, layers, optim
+    from ocnopt import control, curvature, errors, layers, losses, optim
     from ocnopt.control.terminal import Criterion
     from ocnopt.errors import (
         GraphError,
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         OptionError,
         RecordingError,
     )
+    from ocnopt.losses import MMCLoss, VanishingGradientRegularizer
     from ocnopt.optim import EKFAC, KFAC, DDPNOpt
 
 __version__ = "0.1.0"
@@ -25,32 +26,37 @@ __all__ = [
     "Criterion",
     "DDPNOpt",
     "GraphError",
+    "MMCLoss",
     "NonFiniteError",
     "OcnoptError",
     "OptionError",
     "RecordingError",
+    "VanishingGradientRegularizer",
     "__version__",
     "citation",
     "control",
     "curvature",
     "errors",
     "layers",
+    "losses",
     "optim",
 ]
 
 # Public names by the module they live in. They are imported when first asked for: the command
 # line is part of this package, and its help must not wait for torch.
-_SUBPACKAGES = frozenset({"control", "curvature", "errors", "layers", "optim"})
+_SUBPACKAGES = frozenset({"control", "curvature", "errors", "layers", "losses", "optim"})
 _HOMES = {
     "Criterion": "ocnopt.control.terminal",
     "DDPNOpt": "ocnopt.optim",
     "EKFAC": "ocnopt.optim",
     "GraphError": "ocnopt.errors",
     "KFAC": "ocnopt.optim",
+    "MMCLoss": "ocnopt.losses",
     "NonFiniteError": "ocnopt.errors",
     "OcnoptError": "ocnopt.errors",
     "OptionError": "ocnopt.errors",
     "RecordingError": "ocnopt.errors",
+    "VanishingGradientRegularizer": "ocnopt.losses",
 }
 
 

@@ -31,6 +31,7 @@ class Batch:
         k: Value Hessian coefficients at the output, (B,) or (B, r, r).
         traces: What every player did.
         skipped: Players whose calls could not be told apart by sample, with the reason.
+        source: The recorded pass.
     """
 
     samples: int
@@ -40,6 +41,7 @@ class Batch:
     k: Tensor
     traces: dict[Player, Trace] = field(default_factory=dict)
     skipped: dict[Player, str] = field(default_factory=dict)
+    source: Pass | None = None
 
     @property
     def rank(self) -> int:
@@ -81,8 +83,12 @@ class Batch:
         out[:, 0] = out[:, 0] * self.lift
         return out
 
-    def baseline(self) -> Tensor:
-        """The coefficients at which the weighted sum is the ordinary gradient."""
+    def gradient_values(self, player: Player) -> Tensor:
+        """The value coefficients at a player's output where the value is the cost itself."""
+        return self.v
+
+    def baseline(self, player: Player) -> Tensor:
+        """The coefficients at which the player's weighted sum is the ordinary gradient."""
         if self.rank == 1:
             return torch.ones_like(self.v)
         out = torch.zeros_like(self.v)
@@ -141,7 +147,7 @@ def gather(
         weight = scale / (count * processes)
         lift = _ratio(float(count), scale)
         v, k = _terminal_values(terminal, calls, samples, scale, count, dtype, device)
-        batch = Batch(samples, weight, lift, v, k)
+        batch = Batch(samples, weight, lift, v, k, source=recorded)
         deepest = max(use.dims for use in recorded.received)
         for player, uses in table.items():
             mismatch = _mismatch(uses, samples, deepest)
@@ -200,7 +206,7 @@ def _terminal_values(
     v = torch.ones(samples, dtype=dtype, device=device)
     # Where the loop maximizes (a negative scale) the cost curves downwards: no positive part.
     up = scale > 0 if isinstance(scale, float) else (scale > 0).to(dtype)
-    if terminal.form == "outer-product" or not calls:
+    if terminal.form in ("outer-product", "full") or not calls:
         return v, v * up
     if terminal.form == "matched":
         # kappa is homogeneous of degree -1 in the cost, so scales enter as ratios to the total.

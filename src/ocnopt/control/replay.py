@@ -25,7 +25,7 @@ def run_again(
     model: nn.Module,
     setting: Setting,
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
-    watch: AbstractContextManager[None] | None = None,
+    watch: AbstractContextManager[Any] | None = None,
 ) -> Any:
     """Run the model's forward as it ran before, with buffers and random state guarded.
 

@@ -79,6 +79,8 @@ class Stage:
         feedback: Per batch: what the policy asked for and what the bound let through, as ratios to
             the open-loop term, or followed by the term itself.
         delta: The parameters' change.
+        metric: The preconditioner's inverse.
+        probe: The batch's open-loop step, for the recursion "joint".
     """
 
     player: Player
@@ -87,6 +89,8 @@ class Stage:
     values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     feedback: list[tuple[Tensor, ...] | None] = field(default_factory=list)
     delta: Params = ()
+    metric: Metric | None = None
+    probe: Params | None = None
 
 
 class Sweep:
@@ -141,7 +145,9 @@ class Sweep:
             if (trace := batch.traces.get(stage.player)) is not None
         ]
         if stage.mover.partial:
-            formed = add_all([t.weighted((c + b.baseline()).mul_(factor)) for b, t, c in found])
+            formed = add_all(
+                [t.weighted((c + b.baseline(stage.player)).mul_(factor)) for b, t, c in found]
+            )
             if base is None:
                 return formed
             # What autograd did form is from elsewhere: a penalty, a use without the module.
@@ -172,39 +178,36 @@ class Sweep:
         for position in range(len(self.stages) - 1, -1, -1):
             stage = self.stages[position]
             stage.values = values
-            mover = stage.mover
-
-            def value_mean(stage: Stage = stage) -> Params:
-                if all(
-                    v is batch.v for batch, (v, _) in zip(self.batches, stage.values, strict=True)
-                ):
-                    return self._gradient(stage)  # the value is the cost's own
-                excess = [
-                    batch.signal_weights(v) - batch.baseline()
-                    for batch, (v, _) in zip(self.batches, stage.values, strict=True)
-                ]
-                return self.weighted(stage, excess)
-
-            def mean(value_mean: Callable[[], Params] = value_mean, stage: Stage = stage) -> Params:
-                return self._gradient(stage) if self.curvature == "gradient" else value_mean()
-
-            def factors(stage: Stage = stage) -> tuple[Tensor, Tensor]:
-                return self._factors(stage)
-
-            metric = mover.observe(mean, factors, self.samples)
+            metric = self._observe(stage)
             if self.rule == "off" or position == 0:
                 continue  # no player before the first asks for its value
-            if self.rule == "joint":
-                step = mover.probe(value_mean())
-                values = [
-                    self._pull_joint(batch, stage, step, v, k)
-                    for batch, (v, k) in zip(self.batches, values, strict=True)
-                ]
-                continue
             values = [
                 self._pull(batch, stage, metric, v, k)
                 for batch, (v, k) in zip(self.batches, values, strict=True)
             ]
+
+    def _observe(self, stage: Stage) -> Metric:
+        """Update a player's preconditioner."""
+
+        def value_mean() -> Params:
+            if all(v is batch.v for batch, (v, _) in zip(self.batches, stage.values, strict=True)):
+                return self._gradient(stage)  # the value is the cost's own
+            excess = [
+                batch.signal_weights(v) - batch.baseline(stage.player)
+                for batch, (v, _) in zip(self.batches, stage.values, strict=True)
+            ]
+            return self.weighted(stage, excess)
+
+        def mean() -> Params:
+            return self._gradient(stage) if self.curvature == "gradient" else value_mean()
+
+        def factors() -> tuple[Tensor, Tensor]:
+            return self._factors(stage)
+
+        stage.metric = stage.mover.observe(mean, factors, self.samples)
+        if self.rule == "joint":
+            stage.probe = stage.mover.probe(value_mean())
+        return stage.metric
 
     def _backward_together(self) -> bool:
         """All stages at once where M = I, samples have one location and the rank is one.
@@ -226,6 +229,8 @@ class Sweep:
         ):
             return False
         metrics = [stage.mover.observe(_no_mean, _no_factors, 0) for stage in self.stages]
+        for stage, metric in zip(self.stages, metrics, strict=True):
+            stage.metric = metric
         if len(traces) == 1:
             self.stages[0].values = [(batch.v, batch.k)]
             return True
@@ -246,16 +251,17 @@ class Sweep:
         trace = batch.traces.get(stage.player)
         if trace is None:
             return v, k
+        if stage.probe is not None:
+            return pull_back_joint(v, k, batch.own(trace.dots(stage.probe)))
         s = batch.own_gram(trace.gram(metric))
         return pull_back(self.rule, v, k, s, batch.weight * stage.mover.scale)
 
-    def _pull_joint(
-        self, batch: Batch, stage: Stage, step: Params, v: Tensor, k: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        trace = batch.traces.get(stage.player)
-        if trace is None:
+    def at_input(self, i: int, stage: Stage) -> tuple[Tensor, Tensor]:
+        """The value's coefficients at a player's input, in batch i."""
+        v, k = stage.values[i]
+        if self.rule == "off" or stage.metric is None:
             return v, k
-        return pull_back_joint(v, k, batch.own(trace.dots(step)))
+        return self._pull(self.batches[i], stage, stage.metric, v, k)
 
     def _factors(self, stage: Stage) -> tuple[Tensor, Tensor]:
         """``E[a a^T]`` over samples and locations; locations times ``E[V_h V_h^T]``."""
@@ -265,7 +271,8 @@ class Sweep:
             trace = batch.traces.get(stage.player)
             if trace is None:
                 continue
-            v = batch.v if self.curvature == "gradient" else v
+            if self.curvature == "gradient":
+                v = batch.gradient_values(stage.player)
             rows, cols = trace.rows_and_cols(batch.signal_own(v), 1.0)
             rows_seen += rows.shape[0] * rows.shape[1]
             a = _second_moment(rows.to(trace.dtype))
@@ -299,7 +306,7 @@ class Sweep:
             moved = rho[i] if self.rollout != "off" else None
             if moved is None:
                 stage.feedback.append(None)
-                excess.append(batch.signal_weights(v) - batch.baseline())
+                excess.append(batch.signal_weights(v) - batch.baseline(stage.player))
                 idle = idle and v is batch.v
                 continue
             idle = False
@@ -307,7 +314,7 @@ class Sweep:
                 excess.append(self._feedback(stage, batch, v, k, moved))
             else:
                 x = v + self._feedback_columns(stage, batch, v, k, moved)
-                excess.append(batch.signal_weights(x) - batch.baseline())
+                excess.append(batch.signal_weights(x) - batch.baseline(stage.player))
         rate = stage.mover.only_rate
         if rate is not None and not idle:
             stage.delta = self.weighted(stage, excess, -rate)

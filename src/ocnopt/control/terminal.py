@@ -1,12 +1,13 @@
 """Terminal costs and the factors of their Hessians (methods: Prop. 3 and its refinements).
 
 Per sample, the criterion gives a gradient ``phi_x`` and a Hessian ``phi_xx`` with respect to the
-network's output. Three forms of the terminal value Hessian are supported here:
+network's output. Four forms of the terminal value Hessian are supported here:
 
 * ``outer-product``: ``phi_x phi_x^T`` (Prop. 3 with z = phi_x);
 * ``matched``: ``kappa phi_x phi_x^T`` with ``kappa = phi_x^T phi_xx phi_x / |phi_x|^4``, the outer
   product whose curvature along the gradient is the true one (kappa = 0 where that is negative);
-* ``gauss-newton``: ``phi_xx = Z Z^T`` exactly (its positive part where it is indefinite).
+* ``gauss-newton``: ``phi_xx = Z Z^T`` exactly (its positive part where it is indefinite);
+* ``full``: the same as a matrix per sample, for chains (:mod:`ocnopt.control.dense`).
 
 The criterion must be a sum or a mean over samples. All values here belong to the loss as the
 criterion returns it; batch size and loss scaling are applied where samples are known.
@@ -14,6 +15,7 @@ criterion returns it; batch size and loss scaling are applied where samples are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMS", "Criterion", "TerminalCost"]
 
-FORMS = ("matched", "outer-product", "gauss-newton")
+FORMS = ("matched", "outer-product", "gauss-newton", "full")
 
 #: Largest rank of an exact terminal factor; each column costs one back-propagation.
 MAX_RANK = 1024
@@ -139,17 +141,63 @@ class TerminalCost:
                     z[:, location, c] += root3[:, location, c]
                     yield _classes_back(z, output).to(output.dtype)
             return
+        constant = _constant_hessian(self.criterion, output)
+        if constant is not None:
+            for i in range(size):
+                unit = output.new_zeros(samples, size)
+                unit[:, i] = math.sqrt(constant)
+                yield unit.view_as(output)
+            return
+        _, hessian = self._second_derivatives(call, samples)
+        values, vectors = torch.linalg.eigh(hessian)
+        z = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+        for i in range(size):
+            yield z[:, :, i].reshape(output.shape).to(output.dtype)
+
+    def expansion(
+        self, call: TerminalCall, samples: int, positive: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient and Hessian of the loss as matrices, per sample.
+
+        Args:
+            call: A recorded call of the criterion.
+            samples: Number of samples among its rows.
+            positive: Whether to keep the positive part of the Hessian alone.
+
+        Returns:
+            (samples, n) and (samples, n, n), n being the outputs per sample.
+        """
+        output = call.output
+        if _is_cross_entropy(self.criterion) and output.dim() == 2 and len(output) == samples:
+            p, g, mass = _cross_entropy(self.criterion, call)
+            weighted = p * mass.unsqueeze(-1) if mass.dim() else p * mass
+            hessian = torch.diag_embed(weighted) - weighted.unsqueeze(2) * p.unsqueeze(1)
+            return g, hessian
+        constant = _constant_hessian(self.criterion, output)
+        if constant is not None:
+            gradient = self._curvature(call, torch.zeros_like(output))[0].reshape(samples, -1)
+            eye = torch.eye(gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
+            return gradient, (eye * constant).expand(samples, *eye.shape)
+        gradient, hessian = self._second_derivatives(call, samples)
+        if positive:
+            values, vectors = torch.linalg.eigh(hessian)
+            if bool((values < 0).any()):
+                hessian = (vectors * values.clamp_min(0).unsqueeze(1)) @ vectors.transpose(1, 2)
+        return gradient, hessian
+
+    def _second_derivatives(self, call: TerminalCall, samples: int) -> tuple[Tensor, Tensor]:
+        """Gradient and Hessian of the loss by automatic differentiation."""
+        output = call.output
+        size = output.numel() // samples
         flat = output.new_zeros(samples, size)
         rows = []
         for i in range(size):
             flat.zero_()
             flat[:, i] = 1
-            rows.append(self._curvature(call, flat.view_as(output))[1].reshape(samples, size))
+            gradient, product = self._curvature(call, flat.view_as(output))
+            rows.append(product.reshape(samples, size))
         hessian = torch.stack(rows, 1)
-        values, vectors = torch.linalg.eigh((hessian + hessian.transpose(1, 2)) / 2)
-        z = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
-        for i in range(size):
-            yield z[:, :, i].reshape(output.shape).to(output.dtype)
+        return gradient.reshape(samples, size), (hessian + hessian.transpose(1, 2)) / 2
 
     def _curvature(self, call: TerminalCall, vector: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss's gradient and its Hessian times ``vector`` (times the gradient if None)."""
@@ -176,11 +224,20 @@ class TerminalCost:
 
 def _is_cross_entropy(criterion: nn.Module | None) -> TypeGuard[nn.CrossEntropyLoss]:
     """Whether the criterion computes what ``nn.CrossEntropyLoss`` does."""
-    return (
-        isinstance(criterion, nn.CrossEntropyLoss)
-        and type(criterion).forward is nn.CrossEntropyLoss.forward
-        and "forward" not in vars(criterion)
-    )
+    return isinstance(criterion, nn.CrossEntropyLoss) and _unchanged(criterion, nn.CrossEntropyLoss)
+
+
+def _constant_hessian(criterion: nn.Module | None, output: Tensor) -> float | None:
+    """The loss's Hessian as a multiple of the identity, where that is known beforehand."""
+    if isinstance(criterion, nn.MSELoss) and _unchanged(criterion, nn.MSELoss):
+        return 2 / output.numel() if criterion.reduction == "mean" else 2.0
+    if getattr(criterion, "identity_hessian", False):
+        return 1 / len(output) if getattr(criterion, "reduction", "") == "mean" else 1.0
+    return None
+
+
+def _unchanged(criterion: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(criterion).forward is kind.forward and "forward" not in vars(criterion)
 
 
 def _cross_entropy(

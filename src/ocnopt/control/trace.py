@@ -32,6 +32,7 @@ class Trace:
         self.samples = samples
         self.dtype = dtype
         work = player.params[0].dtype
+        self.inputs = [use.capture[0] for use in uses]
         self.features: list[Tensor] = []
         self.columns: list[Tensor] = []
         self.folds: list[int] = []
@@ -77,11 +78,17 @@ class Trace:
 
     def _form_gradients(self) -> None:
         known = [] if self.gradients is None else [self.gradients]
-        parts = [
+        self.gradients = add_all(known + self._formed())
+
+    def _formed(self) -> list[Params]:
+        return [
             self.layer.column_gradients(a, p, fold)
             for a, p, fold in zip(self.features, self.columns, self.folds, strict=True)
         ]
-        self.gradients = add_all(known + parts)
+
+    def sample_columns(self) -> Params:
+        """``P_u`` of every sample, (B, r, *parameter) each."""
+        return self.gradients if self.gradients is not None else add_all(self._formed())
 
     def _spread(self, coefficients: Tensor, columns: Tensor, fold: int) -> Tensor:
         """``sum_k coefficients_k P_k`` as one signal, (B * fold, *)."""

@@ -37,8 +37,13 @@ class DDPNOpt(FeedbackOptimizer):
             second forward pass) or "off" (no feedback).
         terminal: Hessian of the terminal cost: "matched" (rank one with the true curvature along
             the gradient; the default with a criterion), "outer-product" (rank one as in Prop. 3;
-            the default without), "gauss-newton" (exact, rank r).
+            the default without), "gauss-newton" (exact, rank r), "full" (V_xx as a matrix per
+            sample, for chains: the same as "gauss-newton" unless one of the next two is used).
         feedback_clip: Bound on a sample's feedback relative to its open-loop term; None for none.
+        value_reg: Tikhonov term on V_xx at the input of every layer (Algorithm 3, line 12); needs
+            ``terminal="full"``.
+        dynamics_order: 2 keeps the second derivatives of the dynamics (Eq. 26, "DDPNOpt2nd");
+            needs ``terminal="full"`` and a chain of Linear and convolution layers.
         momentum: As in ``torch.optim.SGD``, on the preconditioned direction.
         weight_decay: L2 penalty, placed as in the optimizer that lends M.
         reduction: How the criterion reduces over samples, "mean" or "sum"; read off the criterion
@@ -50,6 +55,8 @@ class DDPNOpt(FeedbackOptimizer):
         keep_grad: Whether ``.grad`` is filled as the loop expects. If not, a step saves one weight
             gradient per layer and the memory for it, but clipping, a ``GradScaler`` and data
             parallelism, which work on ``.grad``, are not possible.
+        keep_policy: Whether the policies of the last step stay at hand as ``optimizer.policy``, at
+            the cost of that step's activations.
         params: Parameter groups by name, prefix, module or parameter, with options of their own;
             what no group names gets the constructor's.
 
@@ -77,12 +84,15 @@ class DDPNOpt(FeedbackOptimizer):
         rollout: str = "linear",
         terminal: str | None = None,
         feedback_clip: float | None = 0.5,
+        value_reg: float = 0.0,
+        dynamics_order: int = 1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         reduction: str = "mean",
         curvature: str = "value",
         measure_every: int = 0,
         keep_grad: bool = True,
+        keep_policy: bool = False,
         params: Any = None,
     ) -> None:
         if terminal is None:
@@ -96,11 +106,14 @@ class DDPNOpt(FeedbackOptimizer):
             rollout=rollout,
             terminal=terminal,
             feedback_clip=feedback_clip,
+            value_reg=value_reg,
+            dynamics_order=dynamics_order,
             momentum=momentum,
             weight_decay=weight_decay,
             reduction=reduction,
             measure_every=measure_every,
             params=params,
             keep_grad=keep_grad,
+            keep_policy=keep_policy,
             curvature=curvature,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from typing import Any
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 
 from ocnopt.control.batch import Batch, gather
 from ocnopt.control.bellman import RECURSIONS
+from ocnopt.control.chain import require_apart, watch_chain
+from ocnopt.control.dense import DenseBatch, dense_batch
+from ocnopt.control.dense_sweep import DenseSweep
 from ocnopt.control.diagnostics import Diagnostics, Ledger
 from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
+from ocnopt.control.policy import Policies
 from ocnopt.control.record import Recorder
 from ocnopt.control.replay import as_seen, capture_setting, run_again
 from ocnopt.control.sweep import Stage, Sweep
@@ -58,6 +63,9 @@ class FeedbackOptimizer(ModelOptimizer):
         params: Any,
         keep_grad: bool = True,
         curvature: str = "value",
+        value_reg: float = 0.0,
+        dynamics_order: int = 1,
+        keep_policy: bool = False,
     ) -> None:
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise OptionError(
@@ -78,6 +86,21 @@ class FeedbackOptimizer(ModelOptimizer):
                 "keep_grad=False, but with bellman='off' and rollout='off' the gradient is all "
                 "that is needed; leave keep_grad=True"
             )
+        if dynamics_order not in (1, 2):
+            raise OptionError(f"dynamics_order={dynamics_order!r}, but it must be 1 or 2")
+        if not (isinstance(value_reg, (int, float)) and 0 <= value_reg < math.inf):
+            raise OptionError(f"value_reg={value_reg!r}, but it must be finite and at least 0")
+        if terminal != "full" and (value_reg or dynamics_order == 2):
+            name = "value_reg" if value_reg else "dynamics_order=2"
+            raise OptionError(
+                f"{name} needs V_xx as a matrix per sample; use terminal='full', not {terminal!r}"
+            )
+        if terminal == "full" and not keep_grad:
+            raise OptionError("keep_grad=False is not possible with terminal='full'")
+        if keep_policy and bellman == rollout == "off":
+            raise OptionError(
+                "keep_policy=True, but with bellman='off' and rollout='off' there is no policy"
+            )
         if not isinstance(measure_every, int) or measure_every < 0:
             raise OptionError(f"measure_every={measure_every!r}, but it must be at least 0")
         if measure_every and criterion is None:
@@ -86,6 +109,10 @@ class FeedbackOptimizer(ModelOptimizer):
         self.bellman = bellman
         self.rollout = rollout
         self.curvature = curvature
+        self.value_reg = value_reg
+        self.dynamics_order = dynamics_order
+        self.keep_policy = keep_policy
+        self._policy: Policies | None = None
         own = getattr(criterion, "reduction", None)
         self.reduction = own if own in ("mean", "sum") else reduction
         self.measure_every = measure_every
@@ -121,6 +148,11 @@ class FeedbackOptimizer(ModelOptimizer):
         return self.bellman != "off" or self.rollout != "off"
 
     @property
+    def full(self) -> bool:
+        """Whether V_xx is kept as a matrix per sample."""
+        return self.feedback_on and self.terminal.form == "full"
+
+    @property
     def measures_next(self) -> bool:
         """Whether the next step measures its actual decrease."""
         return self.measure_every > 0 and (self._steps + 1) % self.measure_every == 0
@@ -130,7 +162,7 @@ class FeedbackOptimizer(ModelOptimizer):
         factored = any(self._build(group).factored for group in self.param_groups)
         if not (self.feedback_on or factored or self.measure_every):
             return
-        watch = self.rollout == "nonlinear" or self.measure_every > 0
+        watch = self.full or self.rollout == "nonlinear" or self.measure_every > 0
         self.recorder = Recorder(
             self.model,
             self.players if self.feedback_on or factored else [],
@@ -138,7 +170,8 @@ class FeedbackOptimizer(ModelOptimizer):
             self.terminal,
             _Watcher(self) if watch else None,
             self.keep_grad,
-            compact=self.feedback_on and not factored and not self.terminal.rank_r,
+            compact=self.feedback_on
+            and not (factored or self.terminal.rank_r or self.full or self.keep_policy),
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -161,18 +194,9 @@ class FeedbackOptimizer(ModelOptimizer):
         sweep: Sweep | None = None
         movers = [stage.mover for stage in stages]
         if stages:
-            sharing = processes() > 1
-            sweep = Sweep(
-                stages,
-                batches,
-                self.bellman,
-                self.rollout,
-                self.curvature,
-                mean_over if sharing else None,
-                sum_over if sharing else None,
-            )
+            sweep = self._sweep(stages, batches)
             sweep.backward()
-            if self.rollout == "nonlinear":
+            if self.rollout == "nonlinear" and not self.full:
                 self._nonlinear(sweep, passes[0])
             else:
                 sweep.forward()
@@ -182,6 +206,9 @@ class FeedbackOptimizer(ModelOptimizer):
             mover.observe()
             movers.append(mover)
             deltas.append(mover.move(mover.gradient()))
+        self._policy = None
+        if self.keep_policy and sweep is not None:
+            self._policy = Policies.of(sweep)
         self._apply(movers, deltas)
         self._ledger = None
         if sweep is not None:
@@ -189,6 +216,46 @@ class FeedbackOptimizer(ModelOptimizer):
             self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
         if measured and passes:
             self._measure(passes)
+
+    def _sweep(self, stages: list[Stage], batches: list[Batch]) -> Sweep:
+        """The two passes over the stages, in coefficients or with matrices."""
+        sharing = processes() > 1
+        others = (
+            self.curvature,
+            mean_over if sharing else None,
+            sum_over if sharing else None,
+        )
+        if not self.full:
+            return Sweep(stages, batches, self.bellman, self.rollout, *others)
+        dense = [self._dense(batch) for batch in batches]
+        return DenseSweep(
+            stages,
+            dense,
+            self.bellman,
+            self.rollout,
+            *others,
+            value_reg=self.value_reg,
+            order=self.dynamics_order,
+            to_input=self.keep_policy,
+        )
+
+    def _dense(self, batch: Batch) -> DenseBatch:
+        """A batch with its chain: the forward pass is run once more and watched."""
+        recorded = batch.source
+        assert recorded is not None
+        if recorded.forwards != 1 or recorded.inputs is None or recorded.setting is None:
+            raise GraphError(
+                f"terminal='full' runs the forward pass again, but the model was called "
+                f"{recorded.forwards} times before the loss; use terminal='gauss-newton'"
+            )
+        require_apart(self.model)
+        watch = watch_chain(self.players)
+        output = run_again(self.model, recorded.setting, recorded.inputs, watch)
+        chain = watch.chain(output)
+        calls = [call for call in recorded.calls if call.scale is not None]
+        if calls and recorded.result is not None:
+            chain.seen_as(calls[0].output, recorded.result)
+        return dense_batch(batch, chain, calls, self.terminal, self.dynamics_order)
 
     def _require_usable(self, passes: list[Pass]) -> None:
         """Refuse what cannot be stepped on, before anything is changed."""
@@ -208,7 +275,7 @@ class FeedbackOptimizer(ModelOptimizer):
                 "and scale are unknown; call that very module on the model's output, or leave it "
                 "out of the constructor"
             )
-        if self.rollout != "nonlinear" or not passes:
+        if self.rollout != "nonlinear" or self.full or not passes:
             return
         if len(passes) > 1 or passes[0].forwards != 1 or passes[0].tape is None:
             raise GraphError(
@@ -363,6 +430,20 @@ class FeedbackOptimizer(ModelOptimizer):
         """Figures of the last step, in total and per player; see :class:`Diagnostics`."""
         return Diagnostics() if self._ledger is None else self._ledger.read()
 
+    @property
+    def policy(self) -> Policies:
+        """Every player's policy in the last step, by module name; see :class:`Policy`.
+
+        Raises:
+            OptionError: The optimizer was built without ``keep_policy=True``.
+            RecordingError: No step has been taken, or none with feedback.
+        """
+        if not self.keep_policy:
+            raise OptionError("policy: build the optimizer with keep_policy=True to look at it")
+        if self._policy is None:
+            raise RecordingError("policy: there is none before the first step with feedback")
+        return self._policy
+
 
 class _Watcher:
     """Notes what a second pass will need when the model's forward begins."""
@@ -372,9 +453,12 @@ class _Watcher:
 
     def __call__(self, recorded: Pass) -> None:
         optimizer = self.optimizer()
-        if optimizer is None or not (optimizer.rollout == "nonlinear" or optimizer.measures_next):
+        if optimizer is None:
+            return
+        nonlinear = optimizer.rollout == "nonlinear" and not optimizer.full
+        if not (nonlinear or optimizer.full or optimizer.measures_next):
             return
         recorded.setting = capture_setting(optimizer.model)
-        if optimizer.rollout == "nonlinear":
+        if nonlinear:
             columns = optimizer.terminal.rank_r
             recorded.tape = Tape(optimizer.model, optimizer.players, columns)
