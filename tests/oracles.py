@@ -92,6 +92,11 @@ def positive_part(matrix: Tensor) -> Tensor:
     return vectors @ torch.diag(eigenvalues.clamp_min(0)) @ vectors.T
 
 
+def absolute_value(matrix: Tensor) -> Tensor:
+    """The symmetric part with the absolute values of its eigenvalues."""
+    return positive_part(matrix) + positive_part(-matrix)
+
+
 def terminal_value(kind: str, gradient: Tensor, hessian: Tensor) -> Tensor:
     """V_xx at the last stage."""
     if kind == "outer-product":
@@ -425,7 +430,7 @@ def ddp_step(
         M_inv = torch.linalg.inv(M)
         new_x, new_xx = [], []
         for i in range(batch):
-            V_hh = V_xx[i] if o.dynamics_order == 1 else positive_part(V_xx[i])
+            V_hh = V_xx[i] if o.dynamics_order == 1 else absolute_value(V_xx[i])
             own = rows[i].f_u.T @ V_hh @ rows[i].f_u
             if o.bellman == "off":
                 new_x.append(Q_x[i])
@@ -470,8 +475,9 @@ def ddp_step(
                 if o.dynamics_order == 1:  # at the player's output
                     y = value_x[i][inside]
                     z = (value_xx[i] @ rows[i].f_x @ dx[i])[inside]
-                else:  # among its parameters
-                    y, z = record.Q_u[i], record.Q_ux[i] @ dx[i]
+                else:  # among its parameters, in the norm of M^-1
+                    root = torch.linalg.cholesky(torch.linalg.inv(record.M)).T
+                    y, z = root @ record.Q_u[i], root @ record.Q_ux[i] @ dx[i]
                 s = feedback_scale(o.feedback_clip, y, z)
                 record.scale.append(s)
                 d = d + (record.Q_u[i] + s * record.Q_ux[i] @ dx[i]) / batch

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
         RecordingError,
     )
     from ocnopt.losses import MMCLoss, VanishingGradientRegularizer
-    from ocnopt.optim import EKFAC, KFAC, DDPNOpt
+    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, VanillaDDP
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
+    "EMSA",
     "KFAC",
     "Criterion",
     "DDPNOpt",
@@ -31,6 +32,7 @@ __all__ = [
     "OcnoptError",
     "OptionError",
     "RecordingError",
+    "VanillaDDP",
     "VanishingGradientRegularizer",
     "__version__",
     "citation",
@@ -49,6 +51,7 @@ _HOMES = {
     "Criterion": "ocnopt.control.terminal",
     "DDPNOpt": "ocnopt.optim",
     "EKFAC": "ocnopt.optim",
+    "EMSA": "ocnopt.optim",
     "GraphError": "ocnopt.errors",
     "KFAC": "ocnopt.optim",
     "MMCLoss": "ocnopt.losses",
@@ -56,6 +59,7 @@ _HOMES = {
     "OcnoptError": "ocnopt.errors",
     "OptionError": "ocnopt.errors",
     "RecordingError": "ocnopt.errors",
+    "VanillaDDP": "ocnopt.optim",
     "VanishingGradientRegularizer": "ocnopt.losses",
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cyclopts import App
 
     from ocnopt.experiments.config import TrainConfig
+    from ocnopt.experiments.reproduce.report import Settings
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -41,12 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _app()(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        command = "ocnopt train" if words[:1] == ["train"] else "ocnopt"
+        command = f"ocnopt {words[0]}" if words[:1] in (["train"], ["reproduce"]) else "ocnopt"
         return _fail(f"{error} See {command} --help.")
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; a run with --output goes on from its last checkpoint with --resume")
+        if words[:1] == ["reproduce"]:
+            _fail("interrupted; nothing was written")
+        else:
+            _fail("interrupted; a run with --output goes on from its last checkpoint with --resume")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has left
         return 1
@@ -71,7 +75,15 @@ def _app() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.command(train)
+    app.command(reproduce, help=_reproduce_help())
     return app
+
+
+def _reproduce_help() -> str:
+    from ocnopt.experiments.reproduce import EXPERIMENTS
+
+    names = "\n".join(f"- {name}: {entry.shows}" for name, entry in EXPERIMENTS.items())
+    return f"Make a figure of the paper anew, and say what is seen in it.\n\n{names}"
 
 
 def train(
@@ -175,3 +187,43 @@ def _run(config: TrainConfig, *, json: bool) -> None:
     with TrainProgress() as progress:
         result = train(config, progress)
     print_result(Console(), result)
+
+
+def reproduce(
+    name: str,
+    /,
+    *,
+    quick: bool = False,
+    output: Path | None = None,
+    data_root: Path | None = None,
+    seeds: int | None = None,
+) -> None:
+    """Make a figure of the paper anew, and say what is seen in it.
+
+    Args:
+        name: Which one; the list is above.
+        quick: A small version, of less than a minute.
+        output: Folder for NAME.md, NAME.png and NAME.json; older ones are replaced
+            [default: runs/NAME].
+        data_root: Folder that holds mnist/ and fashion-mnist/ [default: $OCNOPT_DATA].
+        seeds: Number of seeds [default: by experiment].
+    """
+    from ocnopt.experiments.errors import InputError
+    from ocnopt.experiments.reproduce import EXPERIMENTS
+    from ocnopt.experiments.reproduce.report import Settings
+
+    if name not in EXPERIMENTS:
+        raise InputError(f"there is no experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}")
+    settings = Settings(name, output or Path("runs") / name, quick, seeds, data_root)
+    _reproduce(settings)
+
+
+def _reproduce(settings: Settings) -> None:
+    from rich.console import Console
+
+    from ocnopt.experiments.reproduce import runner
+    from ocnopt.experiments.reproduce.terminal import ExperimentProgress, print_report
+
+    with ExperimentProgress(settings.name) as progress:
+        report = runner.reproduce(settings, progress)
+    print_report(Console(), settings, report)

@@ -159,7 +159,7 @@ def test_samples_that_depend_on_one_another_are_refused():
 
 def test_what_does_not_fit_is_refused_with_its_size(monkeypatch):
     """The message says how much it would take and what to use instead."""
-    monkeypatch.setattr(dense, "_room", lambda device: 2.0**20)
+    monkeypatch.setattr(dense, "room", lambda device: 2.0**20)
     model = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 3))
     optimizer = ocnopt.DDPNOpt(model, CRITERION, lr=0.1, terminal="full")
     CRITERION(model(torch.randn(5, 4)), torch.randint(3, (5,))).backward()

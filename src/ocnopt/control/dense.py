@@ -7,8 +7,6 @@ unit vectors, so its coefficients are the value's derivatives themselves: ``v = 
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from ocnopt.control.batch import Batch
 from ocnopt.control.chain import Chain
 from ocnopt.control.passes import TerminalCall
 from ocnopt.control.players import Player
+from ocnopt.control.room import room
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.control.trace import Trace
 from ocnopt.control.transport import Transport, layer_jacobian, state_jacobian, unit_columns
@@ -214,21 +213,11 @@ def _require_room(samples: int, chain: Chain, order: int) -> None:
             entries += 2 * (n + h + 1) * link.player.layer.numel
         if samples * entries * link.x.element_size() > need:
             largest, need = link, samples * entries * link.x.element_size()
-    room = _room(links[0].x.device)
-    if need > room:
+    available = room(links[0].x.device)
+    if need > available:
         raise GraphError(
             f"terminal='full' would take about {need / 2**30:.1f} GiB for V_xx and the Jacobians "
             f"at layer {largest.player.name!r} ({largest.h.numel() // samples} outputs per sample, "
-            f"{samples} samples), and {room / 2**30:.1f} GiB are at hand; use terminal='matched' "
-            "or 'gauss-newton', or a smaller batch"
+            f"{samples} samples), and {available / 2**30:.1f} GiB are at hand; use "
+            "terminal='matched' or 'gauss-newton', or a smaller batch"
         )
-
-
-def _room(device: torch.device) -> float:
-    """Bytes that may be taken: half of the device's memory."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0]) / 2
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    except (AttributeError, OSError, ValueError):  # not a POSIX system
-        return 4.0 * 2**30

@@ -195,7 +195,8 @@ class DenseSweep(Sweep):
             trace = _dense(batch, stage)
             raw = (k @ moved.unsqueeze(-1)).squeeze(-1)
             inputs = second_order.inputs_of(batch.chain.links[t], trace, x)
-            ratio = second_order.ratio(trace, inputs, v, raw)
+            assert stage.metric is not None
+            ratio = second_order.ratio(trace, stage.metric, inputs, v, raw)
             factor = torch.ones_like(ratio)
             if stage.bound is not None:
                 factor = torch.where(ratio > stage.bound, stage.bound / ratio, factor)

@@ -55,7 +55,9 @@ def pull_back(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 5 with ``Q_ux`` as a matrix.
 
-    The own curvature in Q_uu is that of the positive part of V_hh, which is indefinite here.
+    V_hh is indefinite here. The own curvature in Q_uu is that of ``|V_hh|``, eigenvalue by
+    eigenvalue: so Q_uu stays positive, and a negative eigenvalue at most doubles on its way through
+    a player, where without any own curvature it would be squared.
 
     Args:
         rule: The recursion; "joint" where ``step`` is given.
@@ -91,7 +93,7 @@ def pull_back(
     products = products * (share if isinstance(share, float) else share[:, None, None])
     a, b = products[:, :n, :n], products[:, :n, n]
     if rule != "literal":
-        own = _positive(k)
+        own = _absolute(k)
         across, rest, s = products[:, :n, n + 1 :], products[:, n, n + 1 :], products[:, n + 1 :]
         s = s[:, :, n + 1 :]
         eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
@@ -101,25 +103,30 @@ def pull_back(
     return q_x - b, q_xx - a
 
 
-def ratio(trace: DenseTrace, inputs: Tensor, v: Tensor, raw: Tensor) -> Tensor:
-    """``|Q_ux dx| / |Q_u|`` of every sample, in the space of the parameters, (B,).
+def ratio(trace: DenseTrace, metric: Metric, inputs: Tensor, v: Tensor, raw: Tensor) -> Tensor:
+    """``|Q_ux dx| / |Q_u|`` of every sample in the norm of ``Q_uu^-1``, (B,).
+
+    The shift enters the weights of inputs that the batch itself never had, where an adaptive M is
+    smallest: a bound on the gradient's side of M would not bound the step.
 
     Args:
         trace: The player.
+        metric: Its preconditioner.
         inputs: The change of its input, as :func:`inputs_of` gives it.
         v: V_h, (B, n_h).
         raw: ``V_hh g_x dx``, (B, n_h).
     """
     layer, fold = trace.layer, trace.fold
-    q_u = layer.column_gradients(trace.a, trace.shape(v).unsqueeze(0), fold)
-    first = layer.column_gradients(trace.a, trace.shape(raw).unsqueeze(0), fold)
-    shifted = layer.column_gradients(inputs, trace.shape(v).unsqueeze(0), fold)
-    total = torch.zeros(trace.samples, dtype=trace.dtype, device=v.device)
-    size = total.clone()
-    for u, p, q in zip(q_u, first, _without_bias(trace, shifted), strict=True):
-        total += (p + q).flatten(1).to(trace.dtype).square().sum(1)
-        size += u.flatten(1).to(trace.dtype).square().sum(1)
-    return torch.where(total == 0, total, (total / size).sqrt())
+    columns = torch.stack([trace.shape(v), trace.shape(raw)])
+    q_u = layer.column_gradients(trace.a, columns, fold)  # (B, 2, *parameter)
+    shifted = layer.column_gradients(inputs, columns[:1], fold)
+    both = tuple(
+        torch.cat([part[:, :1], part[:, 1:] + more], 1)
+        for part, more in zip(q_u, _without_bias(trace, shifted), strict=True)
+    )
+    squares = metric.sample_gram(both).to(trace.dtype)
+    open_loop, feedback = squares[:, 0, 0], squares[:, 1, 1]
+    return torch.where(feedback == 0, feedback, (feedback / open_loop).sqrt())
 
 
 def _without_bias(trace: DenseTrace, params: Params) -> Params:
@@ -129,8 +136,10 @@ def _without_bias(trace: DenseTrace, params: Params) -> Params:
     return (*params[:-1], torch.zeros_like(params[-1]))
 
 
-def _positive(k: Tensor) -> Tensor:
-    """The positive part of symmetric matrices (B, n, n)."""
+def _absolute(k: Tensor) -> Tensor:
+    """Symmetric matrices (B, n, n) with the absolute values of their eigenvalues."""
+    if not bool(torch.linalg.cholesky_ex(k).info.any()):
+        return k  # positive already, as without second derivatives; far cheaper to see
     values, vectors = torch.linalg.eigh(k)
-    rebuilt: Tensor = (vectors * values.clamp_min(0).unsqueeze(1)) @ vectors.transpose(1, 2)
+    rebuilt: Tensor = (vectors * values.abs().unsqueeze(1)) @ vectors.transpose(1, 2)
     return rebuilt

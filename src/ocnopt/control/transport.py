@@ -268,5 +268,6 @@ def _require_apart(x: Tensor, y: Tensor, samples: int, name: str) -> None:
         raise GraphError(
             f"at layer {name!r} or behind it the samples of a batch depend on one another (batch "
             "statistics?), so no sample has a value function of its own; use eval() for batch "
-            "normalization, or GroupNorm, or terminal='matched'"
+            "normalization, or GroupNorm (DDPNOpt with terminal='matched' and VanillaDDP with "
+            "batch='joint' take such networks)"
         )

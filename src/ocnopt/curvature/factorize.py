@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factorization", "eigenbasis", "spd_inverse"]
+__all__ = ["Factorization", "eigenbasis", "spd_factor", "spd_inverse"]
 
 #: Damping is raised tenfold at most this often before double precision is tried.
 RAISES = 6
@@ -71,6 +71,20 @@ def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None)
             break
         level = damping
     return _last_resort(matrix, previous, level, failures)
+
+
+def spd_factor(matrix: Tensor) -> Tensor | None:
+    """The Cholesky factor of a matrix (n, n), for callers that answer a failure themselves.
+
+    Returns:
+        The lower factor; None unless the matrix is positive definite beyond rounding.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info.any()):
+        return None
+    floor = torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
+    pivots = factor.diagonal().square()
+    return factor if bool((pivots > floor).all()) else None
 
 
 def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:

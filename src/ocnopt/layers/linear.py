@@ -62,6 +62,16 @@ class LinearLayer(MatrixLayer):
         out: tuple[Tensor, ...] = (g3.transpose(1, 2) @ a3,) if self.has_weight else ()
         return (*out, g3.sum(1)) if self.has_bias else out
 
+    def column_gradients(self, a: Tensor, columns: Tensor, fold: int = 1) -> Params:
+        """All columns at once where samples have one location."""
+        if a.dim() > 2 or fold > 1:
+            return super().column_gradients(a, columns, fold)
+        turned = columns.transpose(0, 1)
+        out: tuple[Tensor, ...] = ()
+        if self.has_weight:
+            out = (turned.unsqueeze(-1) * a[:, None, None, :],)
+        return (*out, turned) if self.has_bias else out
+
     def prefers_samples(self, a: Tensor, g: Tensor) -> bool:
         """Never at one location, where norms and products come from the factors."""
         return a.dim() > 2 and super().prefers_samples(a, g)

@@ -2,6 +2,8 @@
 
 from ocnopt.optim.base import Coverage, ModelOptimizer
 from ocnopt.optim.ddpnopt import DDPNOpt
+from ocnopt.optim.emsa import EMSA
 from ocnopt.optim.kfac import EKFAC, KFAC
+from ocnopt.optim.vanilla_ddp import VanillaDDP
 
-__all__ = ["EKFAC", "KFAC", "Coverage", "DDPNOpt", "ModelOptimizer"]
+__all__ = ["EKFAC", "EMSA", "KFAC", "Coverage", "DDPNOpt", "ModelOptimizer", "VanillaDDP"]
