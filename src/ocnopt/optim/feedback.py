@@ -57,7 +57,7 @@ class FeedbackOptimizer(ModelOptimizer):
         measure_every: int,
         params: Any,
         keep_grad: bool = True,
-        curvature: str = "value",
+        curvature: str = "gradient",
     ) -> None:
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise OptionError(
