@@ -64,7 +64,7 @@ PROBLEMS: dict[str, tuple[str, int | None, FCN | CNN, int, int, dict[str, list[f
 
 DEFAULT = {
     "bellman": "share",
-    "feedback_clip": 0.5,
+    "feedback_clip": 1.0,
     "terminal": "bounded",
     "rollout": "linear",
     "curvature": "gradient",
@@ -72,13 +72,13 @@ DEFAULT = {
 #: What differs from DEFAULT; None is the lender itself.
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "lender": None,
-    "share, bound .5": {},
-    "share, bound 1": {"feedback_clip": 1.0},
+    "share, bound 1": {},
+    "share, bound .5": {"feedback_clip": 0.5},
     "share, no bound": {"feedback_clip": None},
-    "joint, bound .5": {"bellman": "joint"},
-    "sample, bound .5": {"bellman": "sample"},
-    "no recursion, bound .5": {"bellman": "off"},
-    "no recursion, bound 1": {"bellman": "off", "feedback_clip": 1.0},
+    "joint, bound 1": {"bellman": "joint"},
+    "sample, bound 1": {"bellman": "sample"},
+    "no recursion, bound 1": {"bellman": "off"},
+    "no recursion, bound .5": {"bellman": "off", "feedback_clip": 0.5},
     "Eq. 5 literally, no bound": {"bellman": "literal", "feedback_clip": None},
     "share, matched": {"terminal": "matched"},
     "share, outer product": {"terminal": "outer-product"},

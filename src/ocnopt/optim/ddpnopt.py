@@ -79,7 +79,7 @@ class DDPNOpt(FeedbackOptimizer):
         bellman: str = "share",
         rollout: str = "linear",
         terminal: str | None = None,
-        feedback_clip: float | None = 0.5,
+        feedback_clip: float | None = 1.0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         reduction: str = "mean",
