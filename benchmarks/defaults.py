@@ -4,9 +4,9 @@
     python benchmarks/defaults.py report                      # the table, from what was run
 
 Every configuration is trained under the same seeds on the same batches as the optimizer that lends
-its preconditioner (SGD or RMSprop), over several data sets, widths, activations and batch sizes,
-at learning rates from good to far too large. What is compared is the training loss at the end
-(mean over the last tenth of the steps), as the logarithm of its ratio to the lender's.
+its preconditioner (SGD, RMSprop or Adam), over several data sets, widths, activations and batch
+sizes, at learning rates from good to far too large. What is compared is the training loss at the
+end (mean over the last tenth of the steps), as the logarithm of its ratio to the lender's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ FLOOR = 0.02  # differences between losses below this are not worth counting
 PROBLEMS: dict[str, tuple[str, int | None, FCN | CNN, int, int, dict[str, list[float]]]] = {
     "digits": (
         "digits", None, FCN((32, 32, 32, 16), "tanh"), 8, 1000,
-        {"identity": [0.1, 0.4, 0.6, 0.8], "rmsprop": [0.001, 0.01, 0.03]},
+        {"identity": [0.1, 0.4, 0.6, 0.8], "rmsprop": [0.001, 0.01, 0.03],
+         "adam": [0.001, 0.01, 0.03]},
     ),
     "digits-b32": (
         "digits", None, FCN((16, 16, 16, 16), "tanh"), 32, 400,
@@ -43,11 +44,13 @@ PROBLEMS: dict[str, tuple[str, int | None, FCN | CNN, int, int, dict[str, list[f
     ),
     "wine": (
         "wine", None, FCN((16, 16, 16, 16), "tanh"), 8, 200,
-        {"identity": [0.1, 0.5, 1.0], "rmsprop": [0.003, 0.01, 0.03]},
+        {"identity": [0.1, 0.5, 1.0], "rmsprop": [0.003, 0.01, 0.03],
+         "adam": [0.003, 0.01, 0.03]},
     ),
     "fashion": (
         "fashion-mnist", 8000, FCN((32, 32, 32, 32), "relu"), 16, 600,
-        {"identity": [0.05, 0.2, 0.5], "rmsprop": [0.0005, 0.002, 0.02]},
+        {"identity": [0.05, 0.2, 0.5], "rmsprop": [0.0005, 0.002, 0.02],
+         "adam": [0.0005, 0.002, 0.02]},
     ),
     "fashion-wide": (
         "fashion-mnist", 8000, FCN((128, 128, 128), "relu"), 64, 250,
@@ -55,27 +58,34 @@ PROBLEMS: dict[str, tuple[str, int | None, FCN | CNN, int, int, dict[str, list[f
     ),
     "mnist-conv": (
         "mnist", 6000, CNN(channels=8, hidden=32), 64, 100,
-        {"identity": [0.1, 0.3, 0.5], "rmsprop": [0.001, 0.01]},
+        {"identity": [0.1, 0.3, 0.5], "rmsprop": [0.001, 0.01], "adam": [0.001, 0.01]},
     ),
 }  # fmt: skip
 
-DEFAULT = {"bellman": "share", "feedback_clip": 0.5, "terminal": "matched", "rollout": "linear"}
+DEFAULT = {
+    "bellman": "share",
+    "feedback_clip": 1.0,
+    "terminal": "bounded",
+    "rollout": "linear",
+    "curvature": "gradient",
+}
 #: What differs from DEFAULT; None is the lender itself.
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "lender": None,
-    "share, bound .5": {},
-    "share, bound 1": {"feedback_clip": 1.0},
+    "share, bound 1": {},
+    "share, bound .5": {"feedback_clip": 0.5},
     "share, no bound": {"feedback_clip": None},
-    "joint, bound .5": {"bellman": "joint"},
-    "sample, bound .5": {"bellman": "sample"},
-    "no recursion, bound .5": {"bellman": "off"},
-    "no recursion, bound 1": {"bellman": "off", "feedback_clip": 1.0},
+    "joint, bound 1": {"bellman": "joint"},
+    "sample, bound 1": {"bellman": "sample"},
+    "no recursion, bound 1": {"bellman": "off"},
+    "no recursion, bound .5": {"bellman": "off", "feedback_clip": 0.5},
     "Eq. 5 literally, no bound": {"bellman": "literal", "feedback_clip": None},
+    "share, matched": {"terminal": "matched"},
     "share, outer product": {"terminal": "outer-product"},
     "share, exact Hessian": {"terminal": "gauss-newton"},
     "share, nonlinear rollout": {"rollout": "nonlinear"},
     "share, no feedback": {"rollout": "off"},
-    "share, M from the gradient": {"curvature": "gradient"},
+    "share, M from the value": {"curvature": "value"},
 }
 
 _loaded: dict[str, Data] = {}
@@ -206,8 +216,8 @@ def report(path: Path, page: Path) -> None:
         "",
         "Written by `python benchmarks/defaults.py report` from `defaults.jsonl`; see the script",
         "for problems, seeds and what is counted. Ratio: geometric mean of the final training loss",
-        "relative to the optimizer that lends M (SGD, RMSprop), under the same seeds; below 1 is",
-        "better than the lender. *Good*: learning rates up to the lender's best; *beyond*: larger",
+        "relative to the optimizer that lends M (SGD, RMSprop, Adam), under the same seeds; below",
+        "1 is better than the lender. *Good*: learning rates up to its best; *beyond*: larger",
         "ones. *Harmed*: share of runs with a loss more than 5 % above the lender's at good rates.",
         "",
         "| configuration | good | beyond | all | harmed | failed runs |",

@@ -40,6 +40,7 @@ class Options:
     feedback_clip: float | None = None
     value_reg: float = 0.0  # eps of V_xx + eps I at every player's input (Alg. 3, line 12)
     dynamics_order: int = 1  # 2: the dynamics' second derivatives are kept (Eq. 26)
+    curvature: str = "value"
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: float = 0.99  # of RMSprop's second moment
@@ -279,6 +280,7 @@ class Curvature:
     ) -> Tensor:
         o, memory = self.options, self.memory
         memory["step"] = memory.get("step", 0) + 1
+        memory["seen"] = q_bar
         if o.preconditioner == "identity":
             return torch.eye(len(q_bar), dtype=q_bar.dtype)
         if o.preconditioner == "rmsprop":
@@ -313,6 +315,10 @@ class Curvature:
         kronecker = o.preconditioner in ("kfac", "ekfac")
         if not kronecker:
             d = d + o.weight_decay * u
+        if o.preconditioner in ("rmsprop", "adam") and o.feedback_clip is not None:
+            # no entry beyond 1 + bound times the one that M was built from
+            limit = (1 + o.feedback_clip) * memory["seen"].abs()
+            d = torch.minimum(torch.maximum(d, -limit), limit)
         if o.preconditioner == "adam":
             average = memory.get("average", torch.zeros_like(d))
             memory["average"] = o.betas[0] * average + (1 - o.betas[0]) * d
@@ -389,12 +395,14 @@ def ddp_step(
         gradient, hessian = terminal_derivatives(phi, table[-1][i].output, i)
         V_x.append(gradient)
         V_xx.append(terminal_value(o.terminal, gradient, hessian))
+    J_x = V_x  # the ordinary gradient
     after: list[tuple[list[Tensor], list[Tensor]]] = []  # the value at each stage's output
     records: list[StageRecord] = []
     for k in reversed(range(len(stages))):
         stage, rows = stages[k], table[k]
         player = player_of(stage)
         Q_x = [r.f_x.T @ v for r, v in zip(rows, V_x, strict=True)]
+        J_out, J_x = J_x, [r.f_x.T @ j for r, j in zip(rows, J_x, strict=True)]
         Q_xx = [r.f_x.T @ v @ r.f_x for r, v in zip(rows, V_xx, strict=True)]
         bend = []
         if o.dynamics_order == 2:
@@ -410,20 +418,24 @@ def ddp_step(
         if o.dynamics_order == 2:
             Q_ux = [q + f_ux for q, (_, f_ux) in zip(Q_ux, bend, strict=True)]
         Q_bar = sum(Q_u) / batch
+        source, S_bar = V_x, Q_bar  # what M is built from
+        if o.curvature == "gradient":
+            source = J_out
+            S_bar = sum(r.f_u.T @ j for r, j in zip(rows, source, strict=True)) / batch
         if o.preconditioner in (
             "rmsprop",
             "adam",
         ):  # the lender's second moment sees the decayed gradient
-            q_moment = Q_bar + o.weight_decay * parameter_vector(player)
+            q_moment = S_bar + o.weight_decay * parameter_vector(player)
         else:
-            q_moment = Q_bar
+            q_moment = S_bar
         kronecker = o.preconditioner in ("kfac", "ekfac")
         M = Curvature(o, memory.setdefault(k, {})).matrix(
             player,
             q_moment,
             batch,
             [input_rows(player, part_in(stage, r.state)) for r in rows] if kronecker else None,
-            [player_rows(stage, r, v) for r, v in zip(rows, V_x, strict=True)]
+            [player_rows(stage, r, v) for r, v in zip(rows, source, strict=True)]
             if kronecker
             else None,
         )
@@ -653,16 +665,17 @@ def graph_step(
     for t in reversed(range(len(players))):
         v_after[t], K_after[t] = v, K
         Q_bar = sum(P @ c for P, c in zip(P_u[t], v, strict=True)) / batch
-        q_moment = Q_bar
+        source = table.v if o.curvature == "gradient" else v  # what M is built from
+        q_moment = sum(P @ c for P, c in zip(P_u[t], source, strict=True)) / batch
         if o.preconditioner in ("rmsprop", "adam"):
-            q_moment = Q_bar + o.weight_decay * parameter_vector(players[t])
+            q_moment = q_moment + o.weight_decay * parameter_vector(players[t])
         rows_in = rows_out = None
         if o.preconditioner in ("kfac", "ekfac"):
             assert table.uses[t] == 1, "no oracle for the factors of several uses"
             rows_in = [input_rows(players[t], value) for value in table.inputs[t]]
             rows_out = [
                 output_rows(players[t], shape, P @ c)
-                for shape, P, c in zip(table.shapes[t], P_h[t], v, strict=True)
+                for shape, P, c in zip(table.shapes[t], P_h[t], source, strict=True)
             ]
         M[t] = Curvature(o, memory.setdefault(t, {})).matrix(
             players[t], q_moment, batch, rows_in, rows_out

@@ -295,6 +295,19 @@ def test_channels_last_and_frozen_layers():
     assert moved == [p.requires_grad for p in model.parameters()]
 
 
+def test_under_autocast():
+    """Also with several steps in one block, whose cache of cast weights must not go stale."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).float()
+    x, plain, fallen = torch.randn(16, 4).float(), copy.deepcopy(model), []
+    y = x[:, :3].argmax(1)
+    for net, enabled in ((model, True), (plain, False)):
+        optimizer = ocnopt.EMSA(net, nn.CrossEntropyLoss(), rho=1.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses = [float(optimizer.step(x, y)) for _ in range(8)]
+        fallen.append(losses[0] - losses[-1])
+    assert fallen[0] > 0.8 * fallen[1] > 0.1
+
+
 def test_several_inputs_and_targets():
     class Scaled(nn.Module):
         def __init__(self):

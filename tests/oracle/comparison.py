@@ -44,6 +44,7 @@ def optimizer_for(
         "rollout": options.rollout,
         "terminal": options.terminal,
         "feedback_clip": options.feedback_clip,
+        "curvature": options.curvature,
         "momentum": options.momentum,
         "weight_decay": options.weight_decay,
     }

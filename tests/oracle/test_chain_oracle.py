@@ -43,6 +43,24 @@ def test_fully_connected(terminal, bellman, rollout, preconditioner):
         check(fc_case(), bounded)
 
 
+@pytest.mark.parametrize("preconditioner", cases.PRECONDITIONERS[1:])
+@pytest.mark.parametrize("bellman", cases.RECURSIONS)
+def test_built_from_the_gradient(bellman, preconditioner):
+    """M from J_u and J_h, with decay and a bound that some entries reach."""
+    for clip in (None, cases.CLIP[preconditioner]):
+        options = cases.options_for(
+            preconditioner,
+            bellman=bellman,
+            curvature="gradient",
+            feedback_clip=clip,
+            weight_decay=0.1,
+        )
+        check(fc_case(), options)
+        from_value = dataclasses.replace(options, curvature="value")
+        new = [fc_case().chain_step(o).new for o in (options, from_value)]
+        assert (distance(*new) > 1e-4) == (bellman != "off")
+
+
 @pytest.mark.parametrize("preconditioner", cases.PRECONDITIONERS)
 @pytest.mark.parametrize("rollout", ("linear", "nonlinear"))
 @pytest.mark.parametrize(

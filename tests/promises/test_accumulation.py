@@ -60,7 +60,7 @@ def test_micro_batches(name, sizes, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("terminal", ["matched", "outer-product", "gauss-newton"])
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "outer-product", "gauss-newton"])
 @pytest.mark.parametrize("bellman", ["share", "sample", "joint", "literal"])
 @pytest.mark.parametrize("name", ["identity", "adam", "kfac", "ekfac"])
 def test_bellman_and_terminal_forms(name, bellman, terminal, reduction):

@@ -35,7 +35,7 @@ def pair(name="identity", **options):
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("terminal", ["matched", "outer-product", "gauss-newton"])
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "outer-product", "gauss-newton"])
 @pytest.mark.parametrize("bellman", ["share", "joint", "off"])
 def test_clip_factor_is_a_learning_rate(bellman, terminal, clip):
     """The step for c times the gradient is the step at learning rate c * lr.

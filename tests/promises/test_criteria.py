@@ -17,7 +17,7 @@ from torch import nn
 import ocnopt
 
 STEPS = 3
-TERMINALS = ["matched", "outer-product", "gauss-newton"]
+TERMINALS = ["bounded", "matched", "outer-product", "gauss-newton"]
 
 
 def trained(make, criterion, loss_of, data=None, model=None, steps=STEPS):
@@ -200,9 +200,10 @@ def test_two_heads_with_two_calls_are_one_criterion_of_both(name, terminal):
 
     two = trained(make, criterion, both, model=heads())
 
-    def joint(out, y):
-        a = F.cross_entropy(out[:, :3], y)
-        return (a + 0.5 * F.cross_entropy(out[:, 3:], (y + 1) % 3)) / 1.5
+    def joint(out, y, reduction="mean"):
+        a = F.cross_entropy(out[:, :3], y, reduction=reduction)
+        b = F.cross_entropy(out[:, 3:], (y + 1) % 3, reduction=reduction)
+        return (a + 0.5 * b) / 1.5
 
     # A sample's own cost is the weighted mean of its calls, the weights' sum a factor outside it.
     whole = ocnopt.Criterion(joint)
@@ -228,7 +229,7 @@ def test_regression(name):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("terminal", ["matched", "gauss-newton"])
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "gauss-newton"])
 def test_criterion_never_called(terminal):
     """Another module, or a function, in the loop: the terminal cost would silently be another."""
     model = mlp()

@@ -69,3 +69,24 @@ def test_without_recursion_they_are_one():
 def test_unknown_source():
     with pytest.raises(ocnopt.OptionError, match="curvature"):
         ocnopt.DDPNOpt(setting()[0], lr=0.1, curvature="newton")
+
+
+@pytest.mark.parametrize(("name", "lr", "first"), [("rmsprop", 0.05, 0.5), ("adam", 0.5, 0.5)])
+def test_no_entry_outgrows_what_m_was_built_from(name, lr, first):
+    """Where samples cancel, M is next to nothing; what feedback adds need not cancel."""
+    torch.manual_seed(0)
+    widths = [nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+    model = nn.Sequential(*widths).double()
+    x, y = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    for clip in (0.5, None):
+        other, criterion = copy.deepcopy(model), nn.CrossEntropyLoss()
+        optimizer = ocnopt.DDPNOpt(
+            other, criterion, lr=lr, preconditioner=name, bellman="off", feedback_clip=clip
+        )
+        before = [p.detach().clone() for p in other.parameters()]
+        stepped(other, x, y, optimizer, criterion)
+        largest = max(
+            float((p.detach() - b).abs().max())
+            for p, b in zip(other.parameters(), before, strict=True)
+        )
+        assert (largest <= 1.5 * first * (1 + 1e-6)) == (clip is not None)  # first: the lender's

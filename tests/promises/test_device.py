@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
-@pytest.mark.parametrize("terminal", ["matched", "gauss-newton"])
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "gauss-newton"])
 @pytest.mark.parametrize("bellman", ["share", "joint", "literal"])
 @pytest.mark.parametrize("preconditioner", ["identity", "rmsprop", "adam", "kfac", "ekfac"])
 def test_same_steps(preconditioner, bellman, terminal, rollout):

@@ -182,7 +182,7 @@ def test_second_order_is_for_affine_layers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"value_reg": 0.1}, r"value_reg needs .*terminal='full', not 'matched'"),
+        ({"value_reg": 0.1}, r"value_reg needs .*terminal='full', not 'bounded'"),
         ({"dynamics_order": 2, "terminal": "gauss-newton"}, r"dynamics_order=2 needs"),
         ({"dynamics_order": 3, "terminal": "full"}, r"must be 1 or 2"),
         ({"value_reg": -1.0, "terminal": "full"}, r"at least 0"),

@@ -56,7 +56,7 @@ def batches(parts=1):
     ]
 
 
-@pytest.mark.parametrize("terminal", ["matched", "gauss-newton"])
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "gauss-newton"])
 @pytest.mark.parametrize("bellman", ["share", "joint", "off"])
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_same_steps(preconditioner, bellman, terminal):

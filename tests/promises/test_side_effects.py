@@ -213,7 +213,7 @@ def test_gradients_the_user_asks_for(name, options, probe):
     assert_updates_close(weights(mlp()), model, plain, 1e-11)
 
 
-@pytest.mark.parametrize("terminal", ["matched", "outer-product", "gauss-newton"])
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "outer-product", "gauss-newton"])
 @pytest.mark.parametrize("bellman", ["share", "joint"])
 @pytest.mark.parametrize("name", ["identity", "adam", "kfac", "ekfac"])
 def test_backward_twice_adds_up(name, bellman, terminal):

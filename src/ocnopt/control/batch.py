@@ -12,6 +12,7 @@ from ocnopt.control.players import Player
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.control.trace import Trace
 from ocnopt.curvature.metric import to_float
+from ocnopt.layers.base import add_all
 
 __all__ = ["Batch", "gather"]
 
@@ -208,7 +209,7 @@ def _terminal_values(
     up = scale > 0 if isinstance(scale, float) else (scale > 0).to(dtype)
     if terminal.form in ("outer-product", "full") or not calls:
         return v, v * up
-    if terminal.form == "matched":
+    if terminal.form in ("bounded", "matched"):
         # kappa is homogeneous of degree -1 in the cost, so scales enter as ratios to the total.
         quad, square = terminal.along_gradient(calls[0], samples)
         if len(calls) > 1:
@@ -220,6 +221,17 @@ def _terminal_values(
                 quad, square = quad + q * ratio**3, square + n * ratio**2
         kappa = quad.to(dtype) / square.to(dtype).square_().mul_(count)
         kappa = kappa.nan_to_num_(0.0, 0.0, 0.0).clamp_min_(0)  # 0 / 0: no gradient
+        if terminal.form == "bounded":
+            parts = [
+                loss * _ratio(_scale(call, samples), scale)
+                for call in calls
+                if (loss := terminal.losses(call, samples)) is not None
+            ]
+            if len(parts) == len(calls):
+                # A loss of zero has no gradient to bound; one below zero has no such bound.
+                least = add_all([(part.to(dtype),) for part in parts])[0].mul(2 * count)
+                least = least.reciprocal_()
+                kappa = torch.maximum(kappa, least.nan_to_num_(0.0, 0.0, 0.0))
         return v, kappa if up is True else kappa * up
     parts = []
     for call in calls:

@@ -210,7 +210,7 @@ class DenseSweep(Sweep):
             more = self.reduce(more)
         d = self.weighted(stage, excess)
         d = tuple(torch.add(a, e, alpha=stage.mover.scale) for a, e in zip(d, more, strict=True))
-        stage.delta = stage.mover.move(stage.mover.masked(d))
+        stage.delta = stage.mover.move(stage.mover.masked(d), stage.bound)
         return stage.delta
 
 

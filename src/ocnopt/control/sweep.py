@@ -63,8 +63,8 @@ class Mover(Protocol):
     def masked(self, d: Params) -> Params:
         """The direction without the entries that the loop has set to zero in the gradient."""
 
-    def move(self, d: Params) -> Params:
-        """The parameters' change for the direction d."""
+    def move(self, d: Params, bound: float | None = None) -> Params:
+        """The parameters' change for the direction d, feedback bounded by ``bound``."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Sweep:
         batches: Recorded samples.
         rule: The recursion.
         rollout: "linear", "nonlinear" or "off".
-        curvature: What M is built from: "value" (Q_u and V_h, Table 2) or "gradient".
+        curvature: What M is built from: "gradient", or "value" (Q_u and V_h, Table 2).
         reduce: Averages tensors over data-parallel processes, or None.
         total: Sums a number over processes, or None.
     """
@@ -112,7 +112,7 @@ class Sweep:
         batches: list[Batch],
         rule: str,
         rollout: str,
-        curvature: str = "value",
+        curvature: str = "gradient",
         reduce: Callable[[Params], Params] | None = None,
         total: Callable[[Params], Params] | None = None,
     ) -> None:
@@ -320,7 +320,7 @@ class Sweep:
             stage.delta = self.weighted(stage, excess, -rate)
         else:
             d = self._gradient(stage) if idle else stage.mover.masked(self.weighted(stage, excess))
-            stage.delta = stage.mover.move(d)
+            stage.delta = stage.mover.move(d, None if idle else stage.bound)
         return stage.delta
 
     def _feedback(self, stage: Stage, batch: Batch, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Terminal costs and the factors of their Hessians (methods: Prop. 3 and its refinements).
 
 Per sample, the criterion gives a gradient ``phi_x`` and a Hessian ``phi_xx`` with respect to the
-network's output. Four forms of the terminal value Hessian are supported here:
+network's output. Five forms of the terminal value Hessian are supported here:
 
 * ``outer-product``: ``phi_x phi_x^T`` (Prop. 3 with z = phi_x);
+* ``bounded``: ``kappa phi_x phi_x^T`` with the larger of the next kappa and ``1 / (2 phi)``. The
+  latter is the Gauss-Newton Hessian of ``phi = r^2 / 2`` with the residual ``r = sqrt(2 phi)``: the
+  quadratic model then promises no loss below zero. Where a sample is badly fitted, cross-entropy is
+  nearly linear, hence ``matched`` nearly flat;
 * ``matched``: ``kappa phi_x phi_x^T`` with ``kappa = phi_x^T phi_xx phi_x / |phi_x|^4``, the outer
   product whose curvature along the gradient is the true one (kappa = 0 where that is negative);
 * ``gauss-newton``: ``phi_xx = Z Z^T`` exactly (its positive part where it is indefinite);
@@ -15,8 +19,11 @@ criterion returns it; batch size and loss scaling are applied where samples are 
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMS", "Criterion", "TerminalCost"]
 
-FORMS = ("matched", "outer-product", "gauss-newton", "full")
+FORMS = ("bounded", "matched", "outer-product", "gauss-newton", "full")
 
 #: Largest rank of an exact terminal factor; each column costs one back-propagation.
 MAX_RANK = 1024
@@ -110,6 +117,38 @@ class TerminalCost:
         if quad.shape == (samples,):
             return quad, square
         return quad.reshape(samples, -1).sum(-1), square.reshape(samples, -1).sum(-1)
+
+    def losses(self, call: TerminalCall, samples: int) -> Tensor | None:
+        """Every sample's part of the loss, (samples,); None where the criterion does not tell.
+
+        Args:
+            call: A recorded call of the criterion.
+            samples: Number of samples; its rows are grouped evenly.
+        """
+        values = call.loss
+        if not values.dim():
+            apart = self._unreduced(call)
+            if not isinstance(apart, Tensor) or not apart.dim() or apart.numel() % samples:
+                return None
+            values = apart * (call.loss / apart.sum())
+        return values.reshape(samples, -1).sum(-1)
+
+    def _unreduced(self, call: TerminalCall) -> object:
+        """The loss before its reduction, where the criterion has an option that says so."""
+        criterion: Any = copy.copy(self.criterion)
+        options = dict(call.kwargs)
+        if isinstance(criterion, Criterion):
+            if "reduction" not in _parameters(criterion.function):
+                return None
+            options["reduction"] = "none"
+        elif getattr(criterion, "reduction", None) in ("mean", "sum", "batchmean"):
+            criterion.reduction = "none"
+        else:
+            return None
+        output = call.output.to(to_float(call.output.dtype))
+        off = torch.autocast(output.device.type, enabled=False)
+        with torch.no_grad(), off, _buffers_kept(criterion):
+            return criterion.forward(output, *call.args, **options)
 
     def columns(self, call: TerminalCall, samples: int) -> Iterator[Tensor]:
         """Columns of Z with ``Z Z^T`` the loss's Hessian per sample, each shaped as the output.
@@ -204,13 +243,9 @@ class TerminalCost:
         assert self.criterion is not None
         with torch.enable_grad(), torch.autocast(call.output.device.type, enabled=False):
             output = call.output.to(to_float(call.output.dtype)).detach().requires_grad_()
-            kept = [(buffer, buffer.clone()) for buffer in self.criterion.buffers()]
             # forward() rather than a call: hooks of the criterion see the loop's calls alone.
-            loss = self.criterion.forward(output, *call.args, **call.kwargs).sum()
-            with torch.no_grad():
-                for buffer, value in kept:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            with _buffers_kept(self.criterion):
+                loss = self.criterion.forward(output, *call.args, **call.kwargs).sum()
             (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
             direction = gradient.detach() if vector is None else vector.to(gradient.dtype)
             product: Tensor | None = None
@@ -220,6 +255,23 @@ class TerminalCost:
                 )
         gradient = gradient.detach()
         return gradient, torch.zeros_like(gradient) if product is None else product.detach()
+
+
+def _parameters(function: Callable[..., Tensor]) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ()
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in kept:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _is_cross_entropy(criterion: nn.Module | None) -> TypeGuard[nn.CrossEntropyLoss]:

@@ -51,6 +51,8 @@ class Preconditioner(ABC):
     name: ClassVar[str]
     #: Weight decay enters the gradient before M (as torch's optimizers do) or is added after it.
     decay_first: ClassVar[bool] = True
+    #: M is diagonal and built from the very gradient whose entries it divides.
+    adaptive: ClassVar[bool] = False
     #: Needs Kronecker factors, hence a player with matrix parameters.
     factored: ClassVar[bool] = False
 

@@ -41,6 +41,7 @@ class RMSprop(Preconditioner):
     eps: float = 1e-8
 
     name: ClassVar[str] = "rmsprop"
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check("decay", 0 <= self.decay < 1, "it must lie in [0, 1)")
@@ -79,6 +80,7 @@ class Adam(Preconditioner):
     eps: float = 1e-8
 
     name: ClassVar[str] = "adam"
+    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check(

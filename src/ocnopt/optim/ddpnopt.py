@@ -35,11 +35,13 @@ class DDPNOpt(FeedbackOptimizer):
             "literal" (Eq. 5 as printed) or "off" (the value is the gradient).
         rollout: Where the state differential comes from: "linear", "nonlinear" (the paper's
             second forward pass) or "off" (no feedback).
-        terminal: Hessian of the terminal cost: "matched" (rank one with the true curvature along
-            the gradient; the default with a criterion), "outer-product" (rank one as in Prop. 3;
-            the default without), "gauss-newton" (exact, rank r), "full" (V_xx as a matrix per
-            sample, for chains: the same as "gauss-newton" unless one of the next two is used).
-        feedback_clip: Bound on a sample's feedback relative to its open-loop term; None for none.
+        terminal: Hessian of the terminal cost: "bounded" (rank one with the true curvature along
+            the gradient, but enough to promise no loss below zero; the default with a criterion),
+            "matched" (the true curvature alone), "outer-product" (rank one as in Prop. 3; the
+            default without a criterion), "gauss-newton" (exact, rank r), "full" (V_xx as a matrix
+            per sample, for chains: "gauss-newton", as value_reg and dynamics_order need it).
+        feedback_clip: Bound on a sample's feedback relative to its open-loop term, and on what it
+            may add to an entry that an adaptive M was built from; None for none.
         value_reg: Tikhonov term on V_xx at the input of every layer (Algorithm 3, line 12); needs
             ``terminal="full"``.
         dynamics_order: 2 keeps the second derivatives of the dynamics (Eq. 26, "DDPNOpt2nd");
@@ -48,8 +50,9 @@ class DDPNOpt(FeedbackOptimizer):
         weight_decay: L2 penalty, placed as in the optimizer that lends M.
         reduction: How the criterion reduces over samples, "mean" or "sum"; read off the criterion
             where it says so.
-        curvature: What M is built from: "value" (Q_u and V_h, as in Table 2) or "gradient" (J_u and
-            J_h, as the lender does).
+        curvature: What M is built from: "gradient" (J_u and J_h, as the lender does) or "value"
+            (Q_u and V_h, as in Table 2: an adaptive M then normalizes away what the value function
+            holds back).
         measure_every: Measure the actual decrease on the same batch every so many steps, at the
             cost of a forward pass; 0 for never.
         keep_grad: Whether ``.grad`` is filled as the loop expects. If not, a step saves one weight
@@ -83,20 +86,20 @@ class DDPNOpt(FeedbackOptimizer):
         bellman: str = "share",
         rollout: str = "linear",
         terminal: str | None = None,
-        feedback_clip: float | None = 0.5,
+        feedback_clip: float | None = 1.0,
         value_reg: float = 0.0,
         dynamics_order: int = 1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         reduction: str = "mean",
-        curvature: str = "value",
+        curvature: str = "gradient",
         measure_every: int = 0,
         keep_grad: bool = True,
         keep_policy: bool = False,
         params: Any = None,
     ) -> None:
         if terminal is None:
-            terminal = "outer-product" if criterion is None else "matched"
+            terminal = "outer-product" if criterion is None else "bounded"
         super().__init__(
             model,
             criterion,

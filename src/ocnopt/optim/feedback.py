@@ -62,7 +62,7 @@ class FeedbackOptimizer(ModelOptimizer):
         measure_every: int,
         params: Any,
         keep_grad: bool = True,
-        curvature: str = "value",
+        curvature: str = "gradient",
         value_reg: float = 0.0,
         dynamics_order: int = 1,
         keep_policy: bool = False,

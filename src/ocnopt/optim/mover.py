@@ -55,6 +55,7 @@ class ParamMover:
         self.report: dict[str, float] = {}
         self._metric: Metric | None = None
         self._seen: Observation | None = None
+        self._mean: Params | None = None
         grads = [p.grad for p in params]
         self._base: Params | None = None
         if any(grad is not None for grad in grads):
@@ -112,7 +113,8 @@ class ParamMover:
 
         def decayed_mean() -> Params:
             value = self.gradient() if mean is None else mean()
-            return self._decayed(value) if first else value
+            self._mean = self._decayed(value) if first else value
+            return self._mean
 
         self._seen = Observation(
             self.states, self.rates, decayed_mean, self.layer, factors, samples, self.report
@@ -127,13 +129,24 @@ class ParamMover:
             part * -rate for part, rate in zip(self._metric.solve(mean), self.rates, strict=True)
         )
 
-    def move(self, d: Params) -> Params:
-        """The parameters' change for the direction d; momentum is updated."""
+    def move(self, d: Params, bound: float | None = None) -> Params:
+        """The parameters' change for the direction d; momentum is updated.
+
+        An adaptive M is small where samples cancel; what feedback adds need not cancel, and would
+        make a step of any size. No entry of d may therefore exceed ``1 + bound`` times the entry
+        that M was built from.
+
+        Args:
+            d: The direction.
+            bound: The bound on feedback, or None.
+        """
         assert self._metric is not None and self._seen is not None
         first = self.preconditioner.decay_first
-        u = self.preconditioner.direction(
-            self._metric, self._seen, self._decayed(d) if first else d
-        )
+        d = self._decayed(d) if first else d
+        if bound is not None and self._mean is not None and self.preconditioner.adaptive:
+            limits = [part.abs().mul_(1 + bound) for part in self._mean]
+            d = tuple(part.clamp(-most, most) for part, most in zip(d, limits, strict=True))
+        u = self.preconditioner.direction(self._metric, self._seen, d)
         if not first:
             u = self._decayed(u)
         out = []

@@ -305,9 +305,14 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         for key in _KEYS:
             values = [row[key] for row in found]
             more = f" ± {spread(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.2f}{more}")
+            cells.append(_two(fmean(values)) + more)
         table.append([*names, *cells])
     return table
+
+
+def _two(value: float) -> str:
+    """Two digits, and no minus before zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str, **wanted: str) -> float:
@@ -369,7 +374,7 @@ def _page(
     first, last = _ends(rows, lead)
 
     def measured(key: str, form: str, layer: str) -> str:
-        return f"{_mean(rows, key, network=lead, form=form, layer=layer):.2f}"
+        return _two(_mean(rows, key, network=lead, form=form, layer=layer))
 
     lines = [
         "# What feedback policies answer to (Fig. 5)",
