@@ -166,6 +166,7 @@ class watch_chain(TorchFunctionMode):
     def __init__(self, players: list[Player]) -> None:
         super().__init__()
         self._players = players
+        self._owned = {id(p): player.name for player in players for p in player.params}
         self._links: list[Link] = []
         self._paused = 0
         self._count = 0
@@ -197,6 +198,13 @@ class watch_chain(TorchFunctionMode):
         flat, spec = tree_flatten((args, kwargs))
         read = [self._slot(x) for x in flat]
         result = func(*args, **kwargs)
+        for x in flat:
+            name = self._owned.get(id(x))
+            if name is not None and isinstance(result, Tensor):
+                raise GraphError(
+                    f"the weights of layer {name!r} are used outside its own call, so the network "
+                    f"is no chain; {ELSEWHERE}"
+                )
         if any(slot is not None for slot in read):
             self._note(func, flat, read, spec, result)
         return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.control.chain import Chain, watch_chain
+from ocnopt.control.hamiltonian import AugmentedHamiltonian, costates
 from ocnopt.control.players import Player, find_players
 from ocnopt.control.replay import capture_setting, guarded
-from ocnopt.control.terminal import Criterion
-from ocnopt.errors import GraphError, NonFiniteError, OcnoptError, OptionError
+from ocnopt.errors import GraphError, NonFiniteError, OptionError
 from ocnopt.layers.base import Params
 from ocnopt.optim.base import Coverage
-from ocnopt.optim.groups import resolve, resolve_groups
-from ocnopt.optim.hamiltonian import AugmentedHamiltonian, costates
-from ocnopt.optim.parallel import processes
+from ocnopt.optim.batchwise import BatchOptimizer, is_count, is_number, require, require_finite
 
 __all__ = ["EMSA"]
 
@@ -27,7 +24,7 @@ INNER = ("lbfgs", "gradient")
 SEARCHES = ("strong_wolfe", None)
 
 
-class EMSA(torch.optim.Optimizer):
+class EMSA(BatchOptimizer):
     """Extended method of successive approximations (Li, Chen, Tai & E 2017).
 
     One step runs the batch forward (states x_t), solves the adjoint equation backward (co-states
@@ -96,16 +93,6 @@ class EMSA(torch.optim.Optimizer):
         reduction: str = "mean",
         params: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise OptionError(
-                f"model: expected an nn.Module, got {type(model).__name__}; pass the model itself "
-                "rather than model.parameters()"
-            )
-        if not callable(criterion):
-            raise OptionError(
-                f"criterion: expected a loss function, got {type(criterion).__name__}; pass what "
-                "gives the loss as criterion(model(x), y)"
-            )
         for name, value, choices in (
             ("inner", inner, INNER),
             ("line_search", line_search, SEARCHES),
@@ -113,52 +100,24 @@ class EMSA(torch.optim.Optimizer):
         ):
             if value not in choices:
                 raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
-        _require("history_size", history_size, _count(history_size), "a whole number of at least 1")
-        # A model that was wrapped by torch.compile runs its original's layers.
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
-        self.criterion = criterion if isinstance(criterion, nn.Module) else Criterion(criterion)
+        require(
+            "history_size", history_size, is_count(history_size), "a whole number of at least 1"
+        )
         own = getattr(criterion, "reduction", None)
         self.reduction = own if own in ("mean", "sum") else reduction
         self.inner = inner
         self.line_search = line_search
         self.history_size = history_size
         defaults = {"lr": lr, "rho": rho, "inner_steps": inner_steps, "weight_decay": weight_decay}
-        super().__init__(resolve_groups(self.model, params), defaults)
+        super().__init__(model, criterion, defaults, params)
         for param in find_players(self.model)[1]:
             _refuse(param.name, param.reason)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied or pickled: the optimizer belongs to one model.
-
-        Raises:
-            OcnoptError: Always.
-        """
-        raise OcnoptError(
-            "EMSA cannot be copied or pickled, as it is tied to its model; build a new one on the "
-            "copied model and load_state_dict(old.state_dict())"
-        )
-
-    # groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``params`` may be names, prefixes or modules.
-
-        Raises:
-            OptionError: An option out of range or an unknown name.
-        """
-        unknown = param_group.keys() - {"params", "initial_lr", "name"} - self.defaults.keys()
-        if unknown:
-            raise OptionError(
-                f"params: a group has no option {sorted(unknown)[0]!r}; choose from "
-                f"{', '.join(self.defaults)}"
-            )
-        group = {**self.defaults, **param_group}
-        for option in ("lr", "rho", "weight_decay"):
-            _require(option, group[option], _number(group[option]), "finite and at least 0")
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        require("rho", group["rho"], is_number(group["rho"]), "finite and at least 0")
         steps = group["inner_steps"]
-        _require("inner_steps", steps, _count(steps), "a whole number of at least 1")
-        group["params"] = resolve(self.model, group["params"])
-        super().add_param_group(group)
+        require("inner_steps", steps, is_count(steps), "a whole number of at least 1")
 
     def _groups_of(self, player: Player, of: dict[Tensor, dict[str, Any]]) -> list[dict[str, Any]]:
         """The group of each of a player's parameters.
@@ -184,40 +143,6 @@ class EMSA(torch.optim.Optimizer):
 
     # step
 
-    def step(self, inputs: Any = None, *targets: Any) -> Tensor:  # type: ignore[override]
-        """Minimize every layer's augmented Hamiltonian on a batch.
-
-        Args:
-            inputs: The batch: what the model is called on; a tuple is taken for several arguments.
-            *targets: What the criterion is called on behind the model's output.
-
-        Returns:
-            The loss before the step, detached.
-
-        Raises:
-            NonFiniteError: With the layer at which it began; no weight or buffer was changed.
-            GraphError: The model is no chain.
-        """
-        if inputs is None or callable(inputs):
-            raise OptionError(
-                "step: EMSA runs the batch itself, without backward(); call "
-                "loss = optimizer.step(x, y)"
-            )
-        if processes() > 1:
-            raise OcnoptError(
-                "EMSA minimizes over one batch on one process; its weights would differ between "
-                f"{processes()} processes. Run it on one, or use DDPNOpt"
-            )
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        before = [(b, b.clone()) for b in self.model.buffers()]
-        try:
-            return self._step(args, targets)
-        except OcnoptError:
-            for buffer, kept in before:  # running statistics of a batch that was refused
-                buffer.copy_(kept)
-            raise
-
-    @torch.no_grad()
     def _step(self, args: tuple[Any, ...], targets: tuple[Any, ...]) -> Tensor:
         setting = capture_setting(self.model)
         watch = watch_chain(find_players(self.model)[0])
@@ -225,13 +150,8 @@ class EMSA(torch.optim.Optimizer):
             with watch:
                 output = self.model(*args)
             chain = watch.chain(output)
-            loss: Tensor = self.criterion(output, *targets)
-        if loss.numel() != 1:
-            raise OptionError(
-                f"criterion: it returned a tensor of shape {tuple(loss.shape)} where the loss must "
-                "be one number; use reduction='mean' or 'sum'"
-            )
-        _require_finite(chain, loss)
+            loss = self._loss(output, targets)
+        require_finite(chain, loss)
         slope = self._terminal(chain, loss, output)
         # Everything that follows runs parts of the model again.
         with _uncached(), guarded(self.model, setting):
@@ -240,7 +160,7 @@ class EMSA(torch.optim.Optimizer):
         for (problem, _), solution in zip(problems, solutions, strict=True):
             torch._foreach_copy_(list(problem.link.player.params), list(solution))
         torch.clear_autocast_cache()
-        return loss.detach().reshape(())
+        return loss.detach()
 
     def _terminal(self, chain: Chain, loss: Tensor, output: Tensor) -> Tensor:
         """The loss's gradient in the output.
@@ -364,37 +284,3 @@ def _refuse(name: str, why: str) -> NoReturn:
         f"EMSA cannot train parameter {name!r} ({why}); freeze it with requires_grad_(False), or "
         "use DDPNOpt, which trains it"
     )
-
-
-def _require_finite(chain: Chain, loss: Tensor) -> None:
-    """Raise unless the loss is finite, naming the first layer that sees what is not."""
-    if bool(loss.isfinite()):
-        return
-    last = chain.links[-1].player.name
-    where = f"though the output of layer {last!r} is"
-    for link in chain.links:
-        for what, tensor in (("input", link.x), ("output", link.h)):
-            if not bool(tensor.isfinite().all()):
-                where = f"nor is the {what} of layer {link.player.name!r}"
-                break
-        else:
-            continue
-        break
-    raise NonFiniteError(
-        f"the loss is not finite, {where}; no weight was changed. Skip this batch, or look at the "
-        "inputs, the targets and the operations there"
-    )
-
-
-def _number(value: object) -> bool:
-    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-    return number and 0 <= float(value) < math.inf  # type: ignore[arg-type]
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _require(option: str, value: object, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise OptionError(f"{option}={value!r}, but it must be {wanted}")

@@ -17,13 +17,12 @@ from ocnopt.control.diagnostics import Diagnostics, Row
 from ocnopt.control.passes import TerminalCall
 from ocnopt.control.players import Player, find_players
 from ocnopt.control.replay import capture_setting, guarded
-from ocnopt.control.terminal import Criterion, TerminalCost
+from ocnopt.control.terminal import TerminalCost
 from ocnopt.curvature.metric import to_float
-from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
+from ocnopt.errors import OptionError
 from ocnopt.layers.base import Params
 from ocnopt.optim.base import Coverage
-from ocnopt.optim.groups import resolve, resolve_groups
-from ocnopt.optim.parallel import processes
+from ocnopt.optim.batchwise import BatchOptimizer, is_number, require, require_finite
 
 __all__ = ["VanillaDDP"]
 
@@ -41,7 +40,7 @@ RAISES = 20
 ACCEPT = 1e-4
 
 
-class VanillaDDP(torch.optim.Optimizer):
+class VanillaDDP(BatchOptimizer):
     """Differential dynamic programming as in control (Algorithm 1), on a whole batch.
 
     One step runs the batch forward, expands the Bellman objective of every layer to second order
@@ -110,29 +109,14 @@ class VanillaDDP(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         params: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise OptionError(
-                f"model: expected an nn.Module, got {type(model).__name__}; pass the model itself "
-                "rather than model.parameters()"
-            )
-        if not callable(criterion):
-            raise OptionError(
-                f"criterion: expected a loss function, got {type(criterion).__name__}; pass what "
-                "gives the loss as criterion(model(x), y)"
-            )
         if batch not in BATCHES:
             raise OptionError(f"batch={batch!r} is not known; choose one of {', '.join(BATCHES)}")
-        _require("damping", damping, _number(damping), "finite and at least 0")
-        _require("state_reg", state_reg, _number(state_reg), "finite and at least 0")
-        _require("dynamics_order", dynamics_order, dynamics_order in (1, 2), "1 or 2")
+        require("damping", damping, is_number(damping), "finite and at least 0")
+        require("state_reg", state_reg, is_number(state_reg), "finite and at least 0")
+        require("dynamics_order", dynamics_order, dynamics_order in (1, 2), "1 or 2")
         whole = isinstance(backtracks, int) and not isinstance(backtracks, bool)
         fits = backtracks is None or (whole and backtracks >= 0)
-        _require("backtracks", backtracks, fits, "a whole number of at least 0, or None")
-        # A model that was wrapped by torch.compile runs its original's layers.
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
-        if not isinstance(criterion, nn.Module):
-            criterion = Criterion(criterion)
-        self.terminal = TerminalCost(criterion, "full")
+        require("backtracks", backtracks, fits, "a whole number of at least 0, or None")
         self.state_reg = state_reg
         self.batch = batch
         self.dynamics_order = dynamics_order
@@ -140,44 +124,9 @@ class VanillaDDP(torch.optim.Optimizer):
         self._floor = damping
         self._alpha = 0.0
         self._diagnostics = Diagnostics()
-        super().__init__(
-            resolve_groups(self.model, params), {"lr": lr, "weight_decay": weight_decay}
-        )
+        super().__init__(model, criterion, {"lr": lr, "weight_decay": weight_decay}, params)
+        self.terminal = TerminalCost(self.criterion, "full")
         self._warn()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied or pickled: the optimizer belongs to one model.
-
-        Raises:
-            OcnoptError: Always.
-        """
-        raise OcnoptError(
-            "VanillaDDP cannot be copied or pickled, as it is tied to its model; build a new one "
-            "on the copied model and load_state_dict(old.state_dict())"
-        )
-
-    # groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``params`` may be names, prefixes or modules.
-
-        Raises:
-            OptionError: An option out of range or an unknown name.
-        """
-        unknown = param_group.keys() - {"params", "initial_lr", "name"} - self.defaults.keys()
-        if unknown:
-            raise OptionError(
-                f"params: a group has no option {sorted(unknown)[0]!r}; choose from "
-                f"{', '.join(self.defaults)}"
-            )
-        group = {**self.defaults, **param_group}
-        for option in ("lr", "weight_decay"):
-            _require(option, group[option], _number(group[option]), "finite and at least 0")
-        group["params"] = resolve(self.model, group["params"])
-        super().add_param_group(group)
-
-    def _groups(self) -> dict[Tensor, dict[str, Any]]:
-        return {p: group for group in self.param_groups for p in group["params"]}
 
     def _decays(self, group_of: dict[Tensor, dict[str, Any]]) -> dict[Player, Params]:
         """The players that this step controls, with their parameters' weight decay."""
@@ -200,42 +149,8 @@ class VanillaDDP(torch.optim.Optimizer):
 
     # step
 
-    def step(self, inputs: Any = None, *targets: Any) -> Tensor:  # type: ignore[override]
-        """Improve the weights on a batch.
-
-        Args:
-            inputs: The batch: what the model is called on; a tuple is taken for several arguments.
-            *targets: What the criterion is called on behind the model's output.
-
-        Returns:
-            The loss before the step, detached.
-
-        Raises:
-            NonFiniteError: With the layer at which it began; no weight or buffer was changed.
-            GraphError: The model is no chain, or too large.
-        """
-        if inputs is None or callable(inputs):
-            raise OptionError(
-                "step: VanillaDDP runs the batch itself, without backward(); call "
-                "loss = optimizer.step(x, y)"
-            )
-        if processes() > 1:
-            raise OcnoptError(
-                "VanillaDDP works on one batch on one process; its weights would differ between "
-                f"the {processes()} processes here. Use DDPNOpt, or one process"
-            )
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        self._alpha, self._diagnostics = 0.0, Diagnostics()
-        before = [(b, b.clone()) for b in self.model.buffers()]
-        try:
-            with torch.no_grad():
-                return self._step(args, targets)
-        except OcnoptError:
-            for buffer, kept in before:  # running statistics of a batch that was refused
-                buffer.copy_(kept)
-            raise
-
     def _step(self, args: tuple[Any, ...], targets: tuple[Any, ...]) -> Tensor:
+        self._alpha, self._diagnostics = 0.0, Diagnostics()
         decays = self._decays(self._groups())
         if not decays:  # all rates are zero
             return self._loss(self.model(*args), targets)
@@ -245,22 +160,11 @@ class VanillaDDP(torch.optim.Optimizer):
             output = self.model(*args)
         chain = watch.chain(output)
         loss = self._loss(output, targets)
-        _require_finite(chain, loss)
+        require_finite(chain, loss)
         # Everything that follows runs parts of the model again.
         with guarded(self.model, setting):
             self._improve(chain, decays, targets, loss)
         return loss
-
-    def _loss(self, output: Any, targets: tuple[Any, ...]) -> Tensor:
-        criterion = self.terminal.criterion
-        assert criterion is not None
-        loss: Tensor = criterion(output, *targets)
-        if loss.numel() != 1:
-            raise OptionError(
-                f"criterion: it returned a tensor of shape {tuple(loss.shape)} where the loss must "
-                "be one number; use reduction='mean' or 'sum'"
-            )
-        return loss.detach().reshape(())
 
     def _improve(
         self, chain: Chain, decays: dict[Player, Params], targets: tuple[Any, ...], loss: Tensor
@@ -415,24 +319,6 @@ def _reason(player: Player, group_of: dict[Tensor, dict[str, Any]]) -> str:
     return ""
 
 
-def _require_finite(chain: Chain, loss: Tensor) -> None:
-    """Name the first layer whose input or output is not finite."""
-    if bool(loss.isfinite()):
-        return
-    for link in chain.links:
-        for what, tensor in (("input", link.x), ("output", link.h)):
-            if not bool(tensor.isfinite().all()):
-                raise NonFiniteError(
-                    f"the {what} of layer {link.player.name!r} is not finite, and so the loss; no "
-                    "weight was changed. Skip this batch, or look for what made it"
-                )
-    raise NonFiniteError(
-        f"the loss is not finite, though the output of layer {chain.links[-1].player.name!r} is; "
-        "no weight was changed. Skip this batch, or look at the operations behind that layer, at "
-        "the criterion and at the targets"
-    )
-
-
 def _running_cost(decays: dict[Player, Params], new: dict[Player, Params]) -> float:
     """``sum_t l_t(u_t)``."""
     total = 0.0
@@ -444,13 +330,3 @@ def _running_cost(decays: dict[Player, Params], new: dict[Player, Params]) -> fl
 
 def _with(row: Row, predicted: float, actual: float) -> Row:
     return Row(predicted, actual, damping=row.damping, failures=row.failures)
-
-
-def _number(value: object) -> bool:
-    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-    return number and 0 <= float(value) < math.inf  # type: ignore[arg-type]
-
-
-def _require(option: str, value: object, ok: bool, wanted: str) -> None:
-    if not ok:
-        raise OptionError(f"{option}={value!r}, but it must be {wanted}")

@@ -39,7 +39,7 @@ STEPS, QUICK_STEPS = 4000, 300
 #: Steps that a stored loss is the mean of.
 EVERY = 20
 #: Damping of EKFAC and of DDPNOpt's preconditioner alike.
-DAMPING = 1e-3
+DAMPING = 3e-3
 #: Weight of the regularizer in SGD-VGR.
 WEIGHT = 1.0
 #: A run has left the plateau once its loss is below this share of it.
@@ -135,7 +135,7 @@ FIGURES: dict[str, Figure] = {
                 "the same, other damping",
                 "MMC",
                 "sigmoid",
-                tuple(Method(n, 0.03, d) for d in (1e-2, 3e-4) for n in (KRONECKER, DDP)),
+                tuple(Method(n, 0.03, d) for d in (1e-2, 1e-3) for n in (KRONECKER, DDP)),
             ),
         ),
     ),
@@ -412,7 +412,7 @@ def _page(
             f"here |mu|^2 / 2 = 10, the loss of the best constant output. EKFAC and DDPNOpt share "
             f"a damping of {DAMPING:g} unless another is named; DDPNOpt is "
             "`DDPNOpt(terminal='full', preconditioner=EKFAC(damping))` with its defaults (share "
-            "recursion, feedback bounded at .5, linear rollout), DDPNOpt2nd has "
+            "recursion, feedback bounded at 1, linear rollout), DDPNOpt2nd has "
             "`dynamics_order=2`, DDPNOpt* `preconditioner='rmsprop'`; SGD-VGR adds the regularizer "
             f"of Pascanu et al. with weight {WEIGHT:g}. A run has left the plateau where its loss "
             f"(mean of {EVERY} steps) stays below {LEFT:g} of it from some step on; a cell gives "
