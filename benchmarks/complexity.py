@@ -138,8 +138,8 @@ def page(rows: list[dict[str, Any]], rounds: int) -> str:
         f"Written by `python benchmarks/complexity.py`: {LAYERS} linear layers, one thread, "
         f"float32, median of {rounds} interleaved rounds. Exponents are slopes in log-log over the "
         f"largest three sizes, with the other size fixed (width {FIXED_WIDTH} or batch "
-        f"{FIXED_BATCH}); at small sizes every method is dominated by the cost of calling operations, which pulls a "
-        "slope below its limit.",
+        f"{FIXED_BATCH}); at small sizes every method is dominated by the cost of "
+        "calling operations, which pulls a slope below its limit.",
         "",
         "| method | time ~ B^ | time ~ X^ | memory ~ B^ | memory ~ X^ | Table 4: time / memory |",
         "|---|---|---|---|---|---|",

@@ -33,6 +33,7 @@ class Batch:
         traces: What every player did.
         skipped: Players whose calls could not be told apart by sample, with the reason.
         source: The recorded pass.
+        processes: Data-parallel processes, over which weighted gradients are averaged.
     """
 
     samples: int
@@ -43,6 +44,7 @@ class Batch:
     traces: dict[Player, Trace] = field(default_factory=dict)
     skipped: dict[Player, str] = field(default_factory=dict)
     source: Pass | None = None
+    processes: int = 1
 
     @property
     def rank(self) -> int:
@@ -68,13 +70,17 @@ class Batch:
         return out
 
     def signal_weights(self, x: Tensor) -> Tensor:
-        """Coefficients of the recorded columns whose sum is ``weight * P x``."""
+        """Coefficients of the recorded columns whose sum is ``weight * P x`` in this process."""
         if self.rank == 1:
             return x
-        weight = self.weight if isinstance(self.weight, float) else self.weight[:, None]
-        out = x * weight
+        out = x * self._in_process()
         out[:, 0] = x[:, 0]
         return out
+
+    def _in_process(self) -> float | Tensor:
+        """The weight before the mean over processes, for products with (B, r)."""
+        weight = self.weight if isinstance(self.weight, float) else self.weight[:, None]
+        return weight * self.processes
 
     def signal_own(self, x: Tensor) -> Tensor:
         """Coefficients of the recorded columns whose sum is ``P x``."""
@@ -148,7 +154,7 @@ def gather(
         weight = scale / (count * processes)
         lift = _ratio(float(count), scale)
         v, k = _terminal_values(terminal, calls, samples, scale, count, dtype, device)
-        batch = Batch(samples, weight, lift, v, k, source=recorded)
+        batch = Batch(samples, weight, lift, v, k, source=recorded, processes=processes)
         deepest = max(use.dims for use in recorded.received)
         for player, uses in table.items():
             mismatch = _mismatch(uses, samples, deepest)

@@ -105,7 +105,7 @@ class DenseBatch(Batch):
     def __init__(self, batch: Batch, chain: Chain, v: Tensor, k: Tensor) -> None:
         traces: dict[Player, Trace] = {p: DenseTrace(t) for p, t in batch.traces.items()}
         super().__init__(batch.samples, batch.weight, batch.lift, v, k, traces, batch.skipped)
-        self.source = batch.source
+        self.source, self.processes = batch.source, batch.processes
         self.chain = chain
         #: Jacobians of the links' operations and layers, first to last.
         self.s: list[Transport] = []
@@ -126,8 +126,8 @@ class DenseBatch(Batch):
         return s
 
     def signal_weights(self, x: Tensor) -> Tensor:
-        """Signals of the total."""
-        return x * (self.weight if isinstance(self.weight, float) else self.weight[:, None])
+        """Signals of the process's loss."""
+        return x * self._in_process()
 
     def signal_own(self, x: Tensor) -> Tensor:
         """As they are."""
