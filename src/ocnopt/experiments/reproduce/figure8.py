@@ -460,8 +460,8 @@ def _growth_remarks(preset: Preset, rows: list[dict[str, Any]]) -> list[str]:
         " cross-entropy the values rise while the network learns to separate the clusters (W and x"
         " grow) and fall once it has: p(1 - p) goes to zero with the loss. In the runs above they"
         f" are largest where the loss is {peak}, among the iterations looked at. With MSE and MMC,"
-        " whose Hessian is constant, they follow |W| |E[x]| alone: they rise and then stay about"
-        " where they are.",
+        " whose Hessian is constant, they follow |W| |E[x]| alone: they rise while the"
+        " network learns and then stay about where they are.",
     ]
 
 
