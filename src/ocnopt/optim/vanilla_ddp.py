@@ -77,8 +77,10 @@ class VanillaDDP(BatchOptimizer):
             starts, and the least that it is lowered to.
         state_reg: Tassa's term on V_xx in the Q_uu and Q_ux of the gains.
         batch: "mean", "share" or "joint".
-        dynamics_order: 1 leaves the second derivatives of the dynamics and the negative part of the
-            criterion's Hessian out (Gauss-Newton, "iLQR"), so that every Q_uu is positive.
+        dynamics_order: 2 is Eq. 3 with every term. 1 leaves the second derivatives of the dynamics
+            and the negative part of the criterion's Hessian out (Gauss-Newton, "iLQR"), so that
+            every Q_uu is positive; with "mean" it is what trains on mini-batches, with "share" and
+            "joint" 2 does (docs/results/baselines.md).
         backtracks: How often alpha is halved; None takes the first as it is.
         weight_decay: Running cost ``l_t(u) = weight_decay / 2 |u|^2``.
         params: Parameter groups by name, prefix, module or parameter, with an ``lr`` and
@@ -104,7 +106,7 @@ class VanillaDDP(BatchOptimizer):
         damping: float = 1e-3,
         state_reg: float = 0.0,
         batch: str = "mean",
-        dynamics_order: int = 2,
+        dynamics_order: int = 1,
         backtracks: int | None = 10,
         weight_decay: float = 0.0,
         params: Any = None,
