@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         if words[:1] == ["reproduce"]:
-            _fail("interrupted; nothing was written")
+            _fail("interrupted; no page was written")
         else:
             _fail("interrupted; a run with --output goes on from its last checkpoint with --resume")
         return INTERRUPTED

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +15,17 @@ from ocnopt.experiments.files import write_atomically
 
 __all__ = ["Runs", "save_vanishing"]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+_COLOURS = {  # told apart by colour-blind readers too
+    "SGD-VGR": "#0072b2",
+    "SGD": "#999999",
+    "EKFAC": "#d55e00",
+    "Adam": "#e69f00",
+    "RMSprop": "#56b4e9",
+    "DDPNOpt": "#009e73",
+    "DDPNOpt*": "#009e73",
+    "DDPNOpt2nd": "#cc79a7",
+}
+_DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -21,10 +33,12 @@ class Runs:
     """The runs of one method.
 
     Attributes:
+        method: The method's name, which decides the colour.
         losses: Of every run, the mean loss of every ``every`` steps; shorter where it failed.
         norms: Of every run, the mean norm of every layer's update, first to last.
     """
 
+    method: str
     losses: Sequence[Sequence[float]]
     norms: Sequence[Sequence[float]]
 
@@ -61,17 +75,25 @@ def save_vanishing(
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
+def _styles(methods: Mapping[str, Runs]) -> Iterator[tuple[str, Runs, dict[str, Any]]]:
+    """Label, runs and line: a colour for each method, a dash for each of its settings."""
+    seen: Counter[str] = Counter()
+    for label, runs in methods.items():
+        dashes = _DASHES[seen[runs.method] % len(_DASHES)]
+        seen[runs.method] += 1
+        colour = _COLOURS.get(runs.method, "#000000")
+        yield label, runs, {"color": colour, "ls": dashes, "lw": 1.0, "alpha": 0.8}
+
+
 def _draw_losses(ax: Axes, methods: Mapping[str, Runs], every: int) -> None:
-    for colour, (name, runs) in zip(_COLOURS, methods.items(), strict=False):
-        for i, losses in enumerate(runs.losses):
+    for _, runs, line in _styles(methods):
+        for losses in runs.losses:
             steps = [every * (k + 0.5) for k in range(len(losses))]
-            label = name if i == 0 else None
-            ax.plot(steps, losses, color=colour, lw=1.0, alpha=0.8, label=label)
+            ax.plot(steps, losses, **line)
 
 
 def _draw_norms(ax: Axes, methods: Mapping[str, Runs]) -> None:
-    for colour, (name, runs) in zip(_COLOURS, methods.items(), strict=False):
+    for label, runs, line in _styles(methods):
         layers = range(1, len(runs.norms[0]) + 1)
         for i, norms in enumerate(runs.norms):
-            label = name if i == 0 else None
-            ax.plot(layers, norms, color=colour, lw=1.0, marker="o", ms=3, alpha=0.8, label=label)
+            ax.plot(layers, norms, marker="o", ms=3, label=label if i == 0 else None, **line)

@@ -289,12 +289,9 @@ def run(settings: Settings, watcher: Watcher) -> Report:
     for panel in figure.panels:
         panels[panel.title] = {}
         for method in panel.methods:
-            mine = [
-                rows[Task(method, panel.loss, panel.activation, seed, steps).key]
-                for seed in range(seeds)
-            ]
+            mine = _of(rows, panel, method)
             panels[panel.title][method.label] = Runs(
-                [row["losses"] for row in mine], [row["norms"] for row in mine]
+                method.name, [row["losses"] for row in mine], [row["norms"] for row in mine]
             )
             table.append(_row(panel, method, mine))
     save_vanishing(
@@ -304,12 +301,12 @@ def run(settings: Settings, watcher: Watcher) -> Report:
         {panel.title: panel.plateau for panel in figure.panels},
         EVERY,
     )
-    sentence = _sentence(table)
+    sentence = _sentence(figure, rows)
     return Report(
-        columns=_COLUMNS,
-        table=table,
+        columns=[_COLUMNS[i] for i in _SHORT],
+        table=[[line[i] for i in _SHORT] for line in table],
         sentence=sentence,
-        page=_page(settings, figure, table, sentence, seeds, steps),
+        page=_page(settings, figure, rows, table, sentence, seeds, steps),
         rows=list(rows.values()),
         facts={
             "widths": list(WIDTHS),
@@ -355,48 +352,115 @@ def _finish(tasks: dict[str, Task], path: Path, watcher: Watcher) -> dict[str, d
 _COLUMNS = (
     "panel",
     "method",
-    "left the plateau",
-    "after steps",
+    "below: first at",
+    "for good from",
+    "lowest loss",
     "last loss",
     "test accuracy %",
     "update norm, layers 1 / 5 / 9",
 )
+#: The columns that fit a terminal.
+_SHORT = (0, 1, 2, 3, 5)
 
 
 def _row(panel: Panel, method: Method, runs: list[dict[str, Any]]) -> list[str]:
     limit = LEFT * panel.plateau
-    when = [_leaves(run["losses"], limit) for run in runs]
-    left = [w for w in when if w is not None]
+    lowest = [min(run["losses"]) for run in runs if run["losses"]]
     last = [fmean(run["losses"][-5:]) for run in runs if run["losses"] and not run["failed"]]
     failed = sum(bool(run["failed"]) for run in runs)
     norms = [fmean(run["norms"][i] for run in runs) for i in (0, 4, 8)]
-    loss = f"{fmean(last):.3g} ({min(last):.3g} to {max(last):.3g})" if last else "-"
     return [
         panel.title,
         method.label,
-        f"{len(left)} of {len(runs)}",
-        f"{fmean(left):.0f}" if left else "-",
-        loss + (f", {failed} failed" if failed else ""),
+        _when([_first(run["losses"], limit) for run in runs]),
+        _when([_for_good(run["losses"], limit) for run in runs]),
+        _range(lowest),
+        _range(last) + (f", {failed} failed" if failed else ""),
         f"{100 * fmean(run['accuracy'] for run in runs):.1f}",
         " / ".join(f"{n:.1e}" for n in norms),
     ]
 
 
-def _leaves(losses: list[float], limit: float) -> int | None:
-    """The step from which on the loss never comes back to the plateau, or None."""
+def _first(losses: list[float], limit: float) -> int | None:
+    """The step at which the loss is first below the limit, or None."""
+    return next((EVERY * i for i, loss in enumerate(losses) if loss < limit), None)
+
+
+def _for_good(losses: list[float], limit: float) -> int | None:
+    """The step from which on the loss stays below the limit, or None."""
     last = max((i for i, loss in enumerate(losses) if loss >= limit), default=-1)
     return None if last == len(losses) - 1 else EVERY * (last + 1)
 
 
-def _sentence(table: list[list[str]]) -> str:
-    first = table[0][0]
-    words = [f"{method} {left}" for panel, method, left, *_ in table if panel == first]
-    return f"Runs that left the plateau ({first}): {'; '.join(words)}."
+def _when(steps: list[int | None]) -> str:
+    seen = [step for step in steps if step is not None]
+    if not seen:
+        return f"0 of {len(steps)}"
+    return f"{len(seen)} of {len(steps)}, {fmean(seen):.0f}"
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    return f"{fmean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def _sentence(figure: Figure, rows: dict[str, dict[str, Any]]) -> str:
+    """Who left for good, panel by panel."""
+    words = []
+    for panel in figure.panels:
+        found = []
+        for method in panel.methods:
+            mine = _of(rows, panel, method)
+            left = sum(_for_good(r["losses"], LEFT * panel.plateau) is not None for r in mine)
+            found.append(f"{method.label} {left} of {len(mine)}")
+        words.append(f"{panel.title}: {'; '.join(found)}.")
+    return "Runs that left the plateau for good. " + " ".join(words)
+
+
+def _remarks(figure: Figure, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The size of DDPNOpt's updates relative to the preconditioner's own optimizer."""
+    lines = []
+    for panel in figure.panels:
+        for method in panel.methods:
+            lender = Method(KRONECKER, method.lr, method.damping)
+            if method.name not in (DDP, DDP2) or lender not in panel.methods:
+                continue
+            mine, theirs = _of(rows, panel, method), _of(rows, panel, lender)
+            ratios = [
+                fmean(r["norms"][i] for r in mine) / fmean(r["norms"][i] for r in theirs)
+                for i in range(len(WIDTHS) + 1)
+            ]
+            shown = " ".join(f"{ratio:.2g}" for ratio in ratios)
+            lines.append(f"- {panel.title}, {method.label}: {shown}")
+    if not lines:
+        return []
+    return [
+        "**Update norm relative to EKFAC's** at the same learning rate and damping, layers 1 to 9:",
+        "",
+        *lines,
+        "",
+    ]
+
+
+def _of(rows: dict[str, dict[str, Any]], panel: Panel, method: Method) -> list[dict[str, Any]]:
+    """The rows of one method in one panel."""
+    wanted = asdict(method)
+    return [
+        row
+        for row in rows.values()
+        if row["method"] == wanted
+        and row["loss"] == panel.loss
+        and row["activation"] == panel.activation
+    ]
 
 
 def _page(
     settings: Settings,
     figure: Figure,
+    rows: dict[str, dict[str, Any]],
     table: list[list[str]],
     sentence: str,
     seeds: int,
@@ -414,9 +478,9 @@ def _page(
             "`DDPNOpt(terminal='full', preconditioner=EKFAC(damping))` with its defaults (share "
             "recursion, feedback bounded at 1, linear rollout), DDPNOpt2nd has "
             "`dynamics_order=2`, DDPNOpt* `preconditioner='rmsprop'`; SGD-VGR adds the regularizer "
-            f"of Pascanu et al. with weight {WEIGHT:g}. A run has left the plateau where its loss "
-            f"(mean of {EVERY} steps) stays below {LEFT:g} of it from some step on; a cell gives "
-            "the mean over seeds (and the range).",
+            f"of Pascanu et al. with weight {WEIGHT:g}. *Below*: the loss (mean of {EVERY} "
+            f"steps) is below {LEFT:g} of the plateau: in how many runs, and at which step on "
+            "average. Losses: mean over seeds (and range).",
             "",
             f"**The paper says:** {figure.claim}",
             "",
@@ -424,6 +488,7 @@ def _page(
             "",
             markdown_table(_COLUMNS, table),
             "",
+            *_remarks(figure, rows),
             f"![Loss and update norm]({settings.name}.png)",
             "",
         ]
