@@ -137,7 +137,7 @@ def test_interruption_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_reproduce", interrupted)
     assert run("figure8") == 130
-    assert "nothing was written" in one_line(capsys)
+    assert "no page was written" in one_line(capsys)
 
 
 def shown(settings, watcher):
