@@ -28,8 +28,8 @@ import ocnopt
 CRITERION = nn.CrossEntropyLoss()
 LAYERS = 5
 CLASSES = 10
-BATCHES = (8, 16, 32, 64, 128, 256)
-WIDTHS = (16, 32, 64, 128, 256)
+BATCHES = (8, 16, 32, 128, 512, 2048, 8192)
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 FIXED_WIDTH, FIXED_BATCH = 24, 8
 
 
@@ -51,17 +51,17 @@ def _ordinary(build: Callable[[nn.Module], torch.optim.Optimizer]) -> Callable[[
 
 #: By name: how to step, and the largest batch size and width that are tried.
 METHODS: dict[str, tuple[Callable[[nn.Module], Any], int, int]] = {
-    "SGD": (_ordinary(lambda m: torch.optim.SGD(m.parameters(), 1e-3)), 256, 256),
-    "Adam": (_ordinary(lambda m: torch.optim.Adam(m.parameters(), 1e-4)), 256, 256),
-    "EKFAC": (_ordinary(lambda m: ocnopt.EKFAC(m, CRITERION, lr=1e-4)), 256, 256),
-    "DDPNOpt": (_ordinary(lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3)), 256, 256),
+    "SGD": (_ordinary(lambda m: torch.optim.SGD(m.parameters(), 1e-3)), 8192, 1024),
+    "Adam": (_ordinary(lambda m: torch.optim.Adam(m.parameters(), 1e-4)), 8192, 1024),
+    "EKFAC": (_ordinary(lambda m: ocnopt.EKFAC(m, CRITERION, lr=1e-4)), 8192, 512),
+    "DDPNOpt": (_ordinary(lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3)), 8192, 1024),
     "DDPNOpt, full": (
         _ordinary(lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, terminal="full")),
-        256,
+        2048,
         256,
     ),
-    "EMSA": (lambda m: ocnopt.EMSA(m, CRITERION).step, 256, 256),
-    "VanillaDDP": (lambda m: ocnopt.VanillaDDP(m, CRITERION).step, 256, 64),
+    "EMSA": (lambda m: ocnopt.EMSA(m, CRITERION).step, 8192, 512),
+    "VanillaDDP": (lambda m: ocnopt.VanillaDDP(m, CRITERION).step, 512, 64),
     "VanillaDDP, joint": (lambda m: ocnopt.VanillaDDP(m, CRITERION, batch="joint").step, 32, 32),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import ocnopt
 from ocnopt.control import dense
-from ocnopt.errors import GraphError, OptionError
+from ocnopt.errors import GraphError, NonFiniteError, OptionError
 
 CRITERION = nn.CrossEntropyLoss()
 
@@ -82,6 +82,110 @@ def test_loss_on_a_view_of_the_output():
         optimizer.step()
         steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*steps, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear", "off"])
+@pytest.mark.parametrize("preconditioner", ["identity", "adam", "kfac"])
+@pytest.mark.parametrize("bellman", ["share", "joint", "off"])
+def test_one_output(bellman, preconditioner, rollout, size):
+    """A single output is a matrix of one entry, not a coefficient."""
+    steps = []
+    for terminal in ("full", "gauss-newton"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        x, y = torch.randn(size, 3).double(), torch.randn(size).double()
+        criterion = nn.MSELoss()
+        optimizer = ocnopt.DDPNOpt(
+            model,
+            criterion,
+            lr=0.1,
+            terminal=terminal,
+            bellman=bellman,
+            rollout=rollout,
+            preconditioner=preconditioner,
+        )
+        criterion(model(x).squeeze(-1), y).backward()
+        optimizer.step()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep_policy", [False, True])
+def test_indices_in_front(keep_policy):
+    steps = []
+    for terminal in ("full", "gauss-newton"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+        x, y = torch.randint(7, (5, 3)), torch.randint(3, (5,))
+        optimizer = ocnopt.DDPNOpt(
+            model, CRITERION, lr=0.3, terminal=terminal, keep_policy=keep_policy
+        )
+        CRITERION(model(x), y).backward()
+        optimizer.step()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        if keep_policy:
+            assert optimizer.policy["2"].V_x.shape == (5, 12)
+            with pytest.raises(GraphError, match="not differentiable"):
+                _ = optimizer.policy["0"].V_x
+    torch.testing.assert_close(*steps, rtol=1e-10, atol=1e-12)
+
+
+def test_second_order_where_ranks_are_low():
+    """In single precision an eigenvalue solver fails on such matrices."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            *(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1)),
+            *(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)),
+        )
+        optimizer = ocnopt.DDPNOpt(model, CRITERION, lr=0.1, terminal="full", dynamics_order=2)
+        CRITERION(model(torch.randn(4, 1, 8, 8)), torch.randint(3, (4,))).backward()
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("terminal", ["full", "gauss-newton"])
+def test_a_hessian_that_is_not_finite_is_named(terminal):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    criterion = ocnopt.Criterion(lambda o, y: (o.pow(2).sum(1) + 0 * y).pow(0.75).mean())
+    before = copy.deepcopy(model.state_dict())
+    optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1, terminal=terminal)
+    with pytest.raises(NonFiniteError, match="Hessian of the loss"):
+        criterion(model(torch.randn(5, 3)), torch.zeros(5)).backward()
+        optimizer.step()
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["output", "input"])
+def test_a_hook_that_changes_a_layer_is_refused(kind):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    if kind == "output":
+        model[2].register_forward_hook(lambda module, args, output: output * 2)
+    else:
+        model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    optimizer = ocnopt.DDPNOpt(model, CRITERION, lr=0.1, terminal="full")
+    CRITERION(model(torch.randn(5, 3)), torch.randint(2, (5,))).backward()
+    with pytest.raises(GraphError, match=r"hook of layer '2' changes"):
+        optimizer.step()
+
+
+def test_a_hook_that_only_looks_and_a_penalty_are_no_obstacle():
+    class Penalized(nn.Sequential):
+        def forward(self, x):
+            self.penalty = self[0].weight.square().sum()
+            return super().forward(x.type_as(self[0].weight))
+
+    model = Penalized(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    optimizer = ocnopt.DDPNOpt(model, CRITERION, lr=0.1, terminal="full")
+    loss = CRITERION(model(torch.randn(5, 3)), torch.randint(2, (5,)))
+    (loss + 0.1 * model.penalty).backward()
+    optimizer.step()
+    assert seen
 
 
 class Skip(nn.Module):
@@ -193,6 +297,10 @@ def test_second_order_is_for_affine_layers():
         ({"dynamics_order": 3, "terminal": "full"}, r"must be 1 or 2"),
         ({"value_reg": -1.0, "terminal": "full"}, r"at least 0"),
         ({"terminal": "full", "keep_grad": False}, r"keep_grad=False is not possible"),
+        (
+            {"terminal": "full", "value_reg": 0.1, "bellman": "off", "rollout": "off"},
+            r"no effect with bellman='off'",
+        ),
     ],
 )
 def test_bad_options(options, message):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ocnopt.control.hooks import ModuleHook
 from ocnopt.control.players import Player
 from ocnopt.errors import GraphError
 from ocnopt.layers.base import Params
@@ -166,7 +167,13 @@ class watch_chain(TorchFunctionMode):
     def __init__(self, players: list[Player]) -> None:
         super().__init__()
         self._players = players
-        self._owned = {id(p): player.name for player in players for p in player.params}
+        # By id: the layer whose weights a tensor is, or was made of, and the tensor.
+        self._owned: dict[int, tuple[str, weakref.ref[Tensor]]] = {
+            id(p): (player.name or "(model)", weakref.ref(p))
+            for player in players
+            for p in player.params
+        }
+        self._entered: Tensor | None = None
         self._links: list[Link] = []
         self._paused = 0
         self._count = 0
@@ -198,16 +205,22 @@ class watch_chain(TorchFunctionMode):
         flat, spec = tree_flatten((args, kwargs))
         read = [self._slot(x) for x in flat]
         result = func(*args, **kwargs)
-        for x in flat:
-            name = self._owned.get(id(x))
-            if name is not None and isinstance(result, Tensor):
-                raise GraphError(
-                    f"the weights of layer {name!r} are used outside its own call, so the network "
-                    f"is no chain; {ELSEWHERE}"
-                )
+        of_weights = next((name for x in flat if (name := self._weights_in(x))), "")
         if any(slot is not None for slot in read):
+            if of_weights and func is not Tensor.type_as:
+                raise GraphError(
+                    f"the weights of layer {of_weights!r} are used outside its own call, so the "
+                    f"network is no chain; {ELSEWHERE}"
+                )
             self._note(func, flat, read, spec, result)
+        elif of_weights and isinstance(result, Tensor):
+            self._owned[id(result)] = (of_weights, weakref.ref(result))
         return result
+
+    def _weights_in(self, x: Any) -> str:
+        """The layer whose weights a tensor is, or was made of; nothing for others."""
+        name, known = self._owned.get(id(x), ("", None))
+        return name if known is not None and known() is x else ""
 
     def _slot(self, x: Any) -> _Slot | None:
         """The slot of a tensor of the present state.
@@ -267,6 +280,7 @@ class watch_chain(TorchFunctionMode):
                 f"the first positional argument of layer {player.name!r} is not a tensor; "
                 f"{ELSEWHERE}"
             )
+        self._entered = args[0]
         if self._links:
             slot = self._slot(args[0])
             if slot is None:
@@ -283,6 +297,15 @@ class watch_chain(TorchFunctionMode):
         if not isinstance(output, Tensor):  # it raised
             self._paused -= 1
             return
+        changed = args[0] is not self._entered
+        if not changed and _hooked(player.module):
+            again = player.module.forward(*args, **kwargs)
+            changed = not torch.equal(again, output)
+        if changed:
+            raise GraphError(
+                f"a hook of layer {player.name!r} changes its input or its output, which belongs "
+                f"to no stage; do that in a module of its own ({ELSEWHERE})"
+            )
         self._links.append(
             Link(
                 player,
@@ -311,10 +334,14 @@ class watch_chain(TorchFunctionMode):
             raise GraphError("no layer of the model was called, so there is nothing to control")
         slot = self._slot(output)
         if slot is None:
+            if not isinstance(output, Tensor):
+                raise GraphError(
+                    f"the model returns a {type(output).__name__}, but the last stage must end in "
+                    f"one tensor; {ELSEWHERE}"
+                )
             raise GraphError(
-                f"the model returns {'a tensor' if isinstance(output, Tensor) else 'something'} "
-                f"that does not come from its last layer, {self._links[-1].player.name!r}; "
-                f"{ELSEWHERE}"
+                "the model returns a tensor that does not come from its last layer, "
+                f"{self._links[-1].player.name!r}; {ELSEWHERE}"
             )
         self._links[-1]._end = slot.number
         return Chain(self._links, output.detach())
@@ -348,6 +375,15 @@ def require_apart(model: nn.Module) -> None:
                 f"layer {name!r} normalizes by the statistics of its batch, so no sample has a "
                 f"value function of its own; use eval() on it, or GroupNorm ({ELSEWHERE})"
             )
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a module has forward hooks that are not this package's."""
+    own = (ModuleHook, _Start)
+    return any(
+        not isinstance(getattr(hook, "__self__", hook), own)
+        for hook in module._forward_hooks.values()
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ocnopt.curvature.factorize import spd_factor
 from ocnopt.errors import GraphError, NonFiniteError
 from ocnopt.layers.base import Params
 
-__all__ = ["DDP", "Expansion", "Policy"]
+__all__ = ["DDP", "Expansion", "Gains"]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Expansion:
 
 
 @dataclass
-class Policy:
+class Gains:
     """``du = alpha k + K dx`` of every sample at one stage, and what k is expected to save.
 
     Attributes:
@@ -130,7 +130,7 @@ class DDP:
 
     def backward(
         self, v: Tensor, k: Tensor, damping: float, state_reg: float
-    ) -> list[Policy | None] | None:
+    ) -> list[Gains | None] | None:
         """Lines 2 to 6 of Algorithm 1.
 
         Args:
@@ -147,7 +147,7 @@ class DDP:
             NonFiniteError: With the layer at which it began.
         """
         self.expansions = {}
-        policies: list[Policy | None] = []
+        policies: list[Gains | None] = []
         if not _finite(v, k):
             raise NonFiniteError(
                 "the criterion's gradient or Hessian at the model's output is not finite; no "
@@ -163,7 +163,7 @@ class DDP:
             if state_reg:
                 unit = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
                 extra = state_reg * stage.s.pull_matrix(unit.expand(self.samples, -1, -1))
-            found: tuple[Expansion, Policy] | None = None
+            found: tuple[Expansion, Gains] | None = None
             if stage.control is not None:
                 mixed = stage.control.mixed(v_h) if self.order == 2 and stage.g else None
                 found = _minimize(stage, v_h, k_h, mixed, extra, damping)
@@ -180,7 +180,7 @@ class DDP:
         return policies[::-1]
 
     def forward(
-        self, policies: list[Policy | None], rates: Mapping[Player, float]
+        self, policies: list[Gains | None], rates: Mapping[Player, float]
     ) -> tuple[Tensor, dict[Player, Params]]:
         """Lines 7 to 11 of Algorithm 1, with ``du = mean_i (alpha k_i + K_i dx_i)``.
 
@@ -216,7 +216,7 @@ def _minimize(
     mixed: Tensor | None,
     extra: Tensor | None,
     damping: float,
-) -> tuple[Expansion, Policy] | None:
+) -> tuple[Expansion, Gains] | None:
     """Eq. 3 and 4 at one stage: Q and the policy that minimizes it."""
     control, decay = stage.control, stage.decay
     assert control is not None and decay is not None
@@ -253,12 +253,12 @@ def _minimize(
         gain = solved[:, samples:].reshape(m, samples, -1).transpose(0, 1)
     step = k.mean(0)
     slope, bow = float(step @ q_u.mean(0)), float(step @ (q_uu @ step))
-    return e, Policy(control, k, gain, slope, bow)
+    return e, Gains(control, k, gain, slope, bow)
 
 
 def _value(
     stage: _Stage,
-    found: tuple[Expansion, Policy] | None,
+    found: tuple[Expansion, Gains] | None,
     v_h: Tensor,
     k_h: Tensor,
     share: float,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ocnopt.control.affine import AFFINE
 from ocnopt.control.batch import Batch
 from ocnopt.control.chain import Chain
 from ocnopt.control.passes import TerminalCall
@@ -17,15 +18,12 @@ from ocnopt.control.players import Player
 from ocnopt.control.room import room
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.control.trace import Trace
-from ocnopt.control.transport import Transport, layer_jacobian, state_jacobian, unit_columns
-from ocnopt.curvature.metric import Metric
+from ocnopt.control.transport import Same, Transport, layer_jacobian, state_jacobian, unit_columns
+from ocnopt.curvature.metric import Metric, to_float
 from ocnopt.errors import GraphError
 from ocnopt.layers.base import Params
 
 __all__ = ["DenseBatch", "DenseTrace", "dense_batch"]
-
-#: Kinds whose layer is affine in its input, as the second-order terms ask for.
-AFFINE = ("Linear", "Conv")
 
 
 class DenseTrace(Trace):
@@ -111,11 +109,22 @@ class DenseBatch(Batch):
         self.s: list[Transport] = []
         self.g: list[Transport] = []
 
-    def linearise(self) -> None:
-        """Form the Jacobians of all links."""
-        for link in self.chain.links:
+    @property
+    def rank(self) -> int:
+        """Zero: there are no coefficients, however few outputs the network has."""
+        return 0
+
+    def linearise(self, to_input: bool) -> None:
+        """Form the Jacobians of all links.
+
+        Args:
+            to_input: Whether that of the first player's layer is asked for, too.
+        """
+        for i, link in enumerate(self.chain.links):
             self.s.append(state_jacobian(link, self.samples, self.v.dtype))
-            self.g.append(layer_jacobian(link, self.samples, self.v.dtype))
+            wanted = i > 0 or (to_input and link.x.is_floating_point())
+            dtype = self.v.dtype
+            self.g.append(layer_jacobian(link, self.samples, dtype) if wanted else Same())
 
     def own(self, values: Tensor) -> Tensor:
         """As they are."""
@@ -150,7 +159,12 @@ class DenseBatch(Batch):
 
 
 def dense_batch(
-    batch: Batch, chain: Chain, calls: list[TerminalCall], terminal: TerminalCost, order: int
+    batch: Batch,
+    chain: Chain,
+    calls: list[TerminalCall],
+    terminal: TerminalCost,
+    order: int,
+    to_input: bool = False,
 ) -> DenseBatch:
     """Check that the full form fits and is defined; give the terminal values.
 
@@ -160,6 +174,7 @@ def dense_batch(
         calls: Calls of the criterion.
         terminal: The terminal cost.
         order: Of the expansion of the dynamics.
+        to_input: Whether V_x at the first player's input is asked for.
 
     Raises:
         GraphError: It is not defined, or does not fit into memory.
@@ -198,21 +213,25 @@ def dense_batch(
         v.to(own.dtype) * own[:, None],
         k.to(own.dtype) * (own * up)[:, None, None],
     )
-    dense.linearise()
+    dense.linearise(to_input)
     return dense
 
 
 def _require_room(samples: int, chain: Chain, order: int) -> None:
     """Raise unless the largest stage's matrices fit into memory."""
     links = chain.links
-    largest, need = links[0], 0
-    for link in links:
-        n, h = link.x.numel() // samples, link.h.numel() // samples
-        entries = 4 * max(h, n if link is not links[0] else 0) ** 2 + 2 * n * h
+    size = torch.empty((), dtype=to_float(links[0].h.dtype)).element_size()
+    kept, worst, largest = 0, 0, links[0]
+    for i, link in enumerate(links):
+        n, h = (link.x.numel() // samples if i else 0), link.h.numel() // samples
+        following = links[i + 1].x.numel() // samples if i + 1 < len(links) else h
+        kept += n * h + h * following  # Jacobians, dense at worst
+        entries = 4 * max(n, h) ** 2
         if order == 2:
             entries += 2 * (n + h + 1) * link.player.layer.numel
-        if samples * entries * link.x.element_size() > need:
-            largest, need = link, samples * entries * link.x.element_size()
+        if entries > worst:
+            worst, largest = entries, link
+    need = samples * (kept + worst) * size
     available = room(links[0].x.device)
     if need > available:
         raise GraphError(

@@ -88,7 +88,7 @@ class DenseSweep(Sweep):
                         second_order.mixed(b.chain.links[t], _dense(b, stage), v)
                         for b, (v, _) in zip(self.batches, values, strict=True)
                     ]
-            if t == 0 and not self.to_input:
+            if t == 0 and not (self.to_input and self.links[0].x.is_floating_point()):
                 break  # no player before the first asks for its value
             values = [self._through(i, t, stage, v, k) for i, (v, k) in enumerate(values)]
             self.states[player] = values

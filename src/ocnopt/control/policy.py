@@ -26,7 +26,7 @@ from ocnopt.layers.base import Params
 __all__ = ["Factored", "Policies", "Policy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factored:
     """``left core right^T + rest + ridge I``, a matrix per sample.
 
@@ -43,6 +43,9 @@ class Factored:
     right: Tensor
     rest: Tensor | None = None
     ridge: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"Factored(shape={tuple(self.shape)}, rank={self.rank})"
 
     @property
     def shape(self) -> torch.Size:
@@ -113,6 +116,9 @@ class Policy:
         self._parts = [
             part for i in range(len(sweep.batches)) if (part := _part(sweep, stage, i)) is not None
         ]
+
+    def __repr__(self) -> str:
+        return f"Policy({self.name!r}, parameters={self.parameters})"
 
     @property
     def name(self) -> str:
@@ -280,6 +286,11 @@ class Policies(Mapping[str, Policy]):
         )
 
     def __getitem__(self, name: str) -> Policy:
+        if name not in self._by_name:
+            raise KeyError(
+                f"no policy of {name!r} in the last step; there are {', '.join(self._by_name)} "
+                "(optimizer.coverage() says why a layer has none)"
+            )
         return self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -300,9 +311,17 @@ def _part(sweep: Sweep, stage: Stage, i: int) -> _Part | None:
     v, k = stage.values[i]
     if isinstance(sweep, DenseSweep):
         link = next(e for e in sweep.batches[i].chain.links if e.player is stage.player)
-        values = sweep.states[stage.player][i]
+        values = sweep.states.get(stage.player)
         mixed = sweep.mixed[stage.player][i] if stage.player in sweep.mixed else None
-        return _Part(batch, trace, link.x, v, k, lambda: values, mixed)
+
+        def given() -> tuple[Tensor, Tensor]:
+            if values is None:
+                raise GraphError(
+                    f"the input of layer {stage.player.name!r} is not differentiable: it has no V_x"
+                )
+            return values[i]
+
+        return _Part(batch, trace, link.x, v, k, given, mixed)
 
     return _Part(batch, trace, trace.inputs[0], v, k, lambda: sweep.at_input(i, stage), None)
 

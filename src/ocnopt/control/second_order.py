@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ocnopt.control.chain import Link
 from ocnopt.control.dense import DenseTrace
+from ocnopt.control.symmetric import absolute
 from ocnopt.control.transport import Transport, unit_columns
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params
@@ -93,7 +94,7 @@ def pull_back(
     products = products * (share if isinstance(share, float) else share[:, None, None])
     a, b = products[:, :n, :n], products[:, :n, n]
     if rule != "literal":
-        own = _absolute(k)
+        own = absolute(k, f"V_hh at layer {trace.player.name!r}")
         across, rest, s = products[:, :n, n + 1 :], products[:, n, n + 1 :], products[:, n + 1 :]
         s = s[:, :, n + 1 :]
         eye = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
@@ -134,12 +135,3 @@ def _without_bias(trace: DenseTrace, params: Params) -> Params:
     if not trace.layer.has_bias:
         return params
     return (*params[:-1], torch.zeros_like(params[-1]))
-
-
-def _absolute(k: Tensor) -> Tensor:
-    """Symmetric matrices (B, n, n) with the absolute values of their eigenvalues."""
-    if not bool(torch.linalg.cholesky_ex(k).info.any()):
-        return k  # positive already, as without second derivatives; far cheaper to see
-    values, vectors = torch.linalg.eigh(k)
-    rebuilt: Tensor = (vectors * values.abs().unsqueeze(1)) @ vectors.transpose(1, 2)
-    return rebuilt

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ocnopt.control.symmetric import eigenvalues, positive_part
 from ocnopt.curvature.metric import to_float
 from ocnopt.errors import GraphError, OptionError
 
@@ -188,7 +189,7 @@ class TerminalCost:
                 yield unit.view_as(output)
             return
         _, hessian = self._second_derivatives(call, samples)
-        values, vectors = torch.linalg.eigh(hessian)
+        values, vectors = eigenvalues(hessian, "the Hessian of the loss in the network's output")
         z = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
         for i in range(size):
             yield z[:, :, i].reshape(output.shape).to(output.dtype)
@@ -219,9 +220,8 @@ class TerminalCost:
             return gradient, (eye * constant).expand(samples, *eye.shape)
         gradient, hessian = self._second_derivatives(call, samples)
         if positive:
-            values, vectors = torch.linalg.eigh(hessian)
-            if bool((values < 0).any()):
-                hessian = (vectors * values.clamp_min(0).unsqueeze(1)) @ vectors.transpose(1, 2)
+            where = "the Hessian of the loss in the network's output"
+            hessian = positive_part(hessian, where)
         return gradient, hessian
 
     def _second_derivatives(self, call: TerminalCall, samples: int) -> tuple[Tensor, Tensor]:

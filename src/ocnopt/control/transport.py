@@ -14,7 +14,7 @@ from torch import Tensor
 from ocnopt.control.chain import Link
 from ocnopt.errors import GraphError
 
-__all__ = ["Diagonal", "Matrix", "Transport", "bend", "layer_jacobian", "state_jacobian"]
+__all__ = ["Diagonal", "Matrix", "Same", "Transport", "bend", "layer_jacobian", "state_jacobian"]
 
 #: Operations whose derivative is a diagonal: activations and changes of shape.
 ELEMENTWISE = frozenset(

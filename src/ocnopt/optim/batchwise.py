@@ -120,8 +120,10 @@ class BatchOptimizer(torch.optim.Optimizer):
         before = [(b, b.clone()) for b in self.model.buffers()]
         try:
             with torch.no_grad():
-                return self._step(args, targets)
-        except OcnoptError:
+                loss = self._step(args, targets)
+            torch.clear_autocast_cache()  # it holds casts of the old weights
+            return loss
+        except Exception:
             with torch.no_grad():
                 for buffer, kept in before:  # running statistics of a batch that was refused
                     buffer.copy_(kept)

@@ -159,7 +159,6 @@ class EMSA(BatchOptimizer):
             solutions = [self._minimize(problem, groups) for problem, groups in problems]
         for (problem, _), solution in zip(problems, solutions, strict=True):
             torch._foreach_copy_(list(problem.link.player.params), list(solution))
-        torch.clear_autocast_cache()
         return loss.detach()
 
     def _terminal(self, chain: Chain, loss: Tensor, output: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ class FeedbackOptimizer(ModelOptimizer):
             raise OptionError(
                 f"{name} needs V_xx as a matrix per sample; use terminal='full', not {terminal!r}"
             )
+        if (value_reg or dynamics_order == 2) and bellman == rollout == "off":
+            raise OptionError(
+                "value_reg and dynamics_order=2 have no effect with bellman='off' and rollout='off'"
+            )
         if terminal == "full" and not keep_grad:
             raise OptionError("keep_grad=False is not possible with terminal='full'")
         if keep_policy and bellman == rollout == "off":
@@ -206,10 +210,9 @@ class FeedbackOptimizer(ModelOptimizer):
             mover.observe()
             movers.append(mover)
             deltas.append(mover.move(mover.gradient()))
-        self._policy = None
-        if self.keep_policy and sweep is not None:
-            self._policy = Policies.of(sweep)
+        policy = Policies.of(sweep) if self.keep_policy and sweep is not None else None
         self._apply(movers, deltas)
+        self._policy = policy
         self._ledger = None
         if sweep is not None:
             reports = [stage.mover.report for stage in stages]
@@ -255,7 +258,9 @@ class FeedbackOptimizer(ModelOptimizer):
         calls = [call for call in recorded.calls if call.scale is not None]
         if calls and recorded.result is not None:
             chain.seen_as(calls[0].output, recorded.result)
-        return dense_batch(batch, chain, calls, self.terminal, self.dynamics_order)
+        return dense_batch(
+            batch, chain, calls, self.terminal, self.dynamics_order, self.keep_policy
+        )
 
     def _require_usable(self, passes: list[Pass]) -> None:
         """Refuse what cannot be stepped on, before anything is changed."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ocnopt.control.affine import AFFINE
 from ocnopt.control.chain import Chain, watch_chain
-from ocnopt.control.ddp import DDP, Policy
+from ocnopt.control.ddp import DDP, Gains
 from ocnopt.control.diagnostics import Diagnostics, Row
 from ocnopt.control.passes import TerminalCall
 from ocnopt.control.players import Player, find_players
@@ -201,7 +201,7 @@ class VanillaDDP(BatchOptimizer):
     def _search(
         self,
         ddp: DDP,
-        policies: list[Policy | None],
+        policies: list[Gains | None],
         decays: dict[Player, Params],
         targets: tuple[Any, ...],
         loss: Tensor,
