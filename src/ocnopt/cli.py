@@ -204,7 +204,8 @@ def reproduce(
         name: Which one; the list is above.
         quick: A small version, of less than a minute.
         output: Folder for NAME.md, NAME.png and NAME.json; older ones are replaced
-            [default: runs/NAME].
+            [default: runs/NAME]. Figures 6 and 10 to 12 also keep every run in vanishing.jsonl
+            there and take up what it holds: delete it to run anew.
         data_root: Folder that holds mnist/ and fashion-mnist/ [default: $OCNOPT_DATA].
         seeds: Number of seeds [default: by experiment].
     """

@@ -10,7 +10,7 @@ __all__ = ["room"]
 
 
 def room(device: torch.device) -> float:
-    """Bytes that may be taken: half of what a GPU has left, or of the machine's memory."""
+    """Bytes that may be taken: half of what a GPU has left, or of the machine's whole memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0]) / 2
     try:

@@ -59,7 +59,7 @@ class DDPNOpt(FeedbackOptimizer):
             gradient per layer and the memory for it, but clipping, a ``GradScaler`` and data
             parallelism, which work on ``.grad``, are not possible.
         keep_policy: Whether the policies of the last step stay at hand as ``optimizer.policy``, at
-            the cost of that step's activations.
+            the cost of that step's activations and a copy of the weights.
         params: Parameter groups by name, prefix, module or parameter, with options of their own;
             what no group names gets the constructor's.
 

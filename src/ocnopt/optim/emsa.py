@@ -42,12 +42,9 @@ class EMSA(BatchOptimizer):
     is therefore SGD's, whatever rho (Lemma 5 and Eq. 22 state it for the Hamiltonian alone), and
     only what comes behind the first step tells the two apart.
 
-    The defaults were chosen on DIGITS (five tanh layers of width 16, batch 32, 450 steps, three
-    seeds). Training loss at the end, with 5 inner steps: .02 at rho 3, .03 to .05 at 1, .06 to .08
-    at 10; SGD at lr .1 and .4: .07 to .25. Smaller rho is unstable: at .1 the loss rose above its
-    start and stayed there, at .01 it grew tenfold, and at 0 the first step left the finite numbers.
-    Without the line search rho 1 was unstable, too, and at rho 1 more inner steps did worse. A step
-    took about 30 times as long as one of SGD.
+    The defaults were chosen on DIGITS (docs/results/baselines.md): of rho .1, 1, 3 and 10 with 5 or
+    10 inner steps, 3 with 5 has the lowest training loss; at .1 the loss rises above its start.
+    Smaller rho is unstable, and at 0 the minimum need not exist. A step takes tens of SGD's.
 
     Args:
         model: A chain: every layer reads what the one before it made. Batch statistics are

@@ -38,7 +38,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figure8": Experiment(
         f"{_HERE}.figure8", "run", "the spectrum of a batch's policy on Gaussian clusters"
     ),
-    "figure10": Experiment(f"{_HERE}.vanishing", "run", "the same with cross-entropy, with ReLU"),
-    "figure11": Experiment(f"{_HERE}.vanishing", "run", "the same with adaptive diagonals"),
-    "figure12": Experiment(f"{_HERE}.vanishing", "run", "the same over learning rates"),
+    "figure10": Experiment(
+        f"{_HERE}.vanishing", "run", "as figure6, with cross-entropy, with ReLU"
+    ),
+    "figure11": Experiment(f"{_HERE}.vanishing", "run", "as figure6, adaptive diagonals"),
+    "figure12": Experiment(f"{_HERE}.vanishing", "run", "as figure6, over learning rates"),
 }

@@ -31,8 +31,8 @@ def require_known(name: str) -> None:
 def reproduce(settings: Settings, watcher: Watcher | None = None) -> Report:
     """Run an experiment and write NAME.md, NAME.json and NAME.png, replacing older ones.
 
-    It runs on one thread, so that its sums are the same wherever it runs. The caller's random state
-    and thread setting are left as they were.
+    Every run is on one thread, so that its sums are the same wherever it runs. The caller's random
+    state and thread setting are left as they were.
 
     Args:
         settings: What to do.

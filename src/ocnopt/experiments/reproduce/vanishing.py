@@ -118,7 +118,8 @@ class Task:
     @property
     def key(self) -> str:
         """What tells it apart."""
-        return json.dumps(asdict(self), sort_keys=True)
+        setting = {"widths": WIDTHS, "batch": BATCH, "radius": RADIUS, "weight": WEIGHT}
+        return json.dumps({**asdict(self), **setting}, sort_keys=True)
 
 
 SGD_VGR, KRONECKER, DDP, DDP2 = "SGD-VGR", "EKFAC", "DDPNOpt", "DDPNOpt2nd"
