@@ -107,7 +107,8 @@ def page(rows: list[dict[str, Any]], seeds: int) -> str:
         "",
         f"Written by `python benchmarks/baselines.py --seeds {seeds}`. DIGITS, five tanh layers "
         f"of width 16, batch {BATCH}, {seeds} seeds. Training loss over the last tenth of the "
-        "steps, test accuracy in % (every seed), and milliseconds per step on one thread (of a shared machine: compare "
+        "steps, test accuracy in % (every seed), and milliseconds per step on one thread (of a "
+        "shared machine: compare "
         "within the table alone).",
         "",
     ]
