@@ -297,10 +297,6 @@ def test_second_order_is_for_affine_layers():
         ({"dynamics_order": 3, "terminal": "full"}, r"must be 1 or 2"),
         ({"value_reg": -1.0, "terminal": "full"}, r"at least 0"),
         ({"terminal": "full", "keep_grad": False}, r"keep_grad=False is not possible"),
-        (
-            {"terminal": "full", "value_reg": 0.1, "bellman": "off", "rollout": "off"},
-            r"no effect with bellman='off'",
-        ),
     ],
 )
 def test_bad_options(options, message):

@@ -95,10 +95,6 @@ class FeedbackOptimizer(ModelOptimizer):
             raise OptionError(
                 f"{name} needs V_xx as a matrix per sample; use terminal='full', not {terminal!r}"
             )
-        if (value_reg or dynamics_order == 2) and bellman == rollout == "off":
-            raise OptionError(
-                "value_reg and dynamics_order=2 have no effect with bellman='off' and rollout='off'"
-            )
         if terminal == "full" and not keep_grad:
             raise OptionError("keep_grad=False is not possible with terminal='full'")
         if keep_policy and bellman == rollout == "off":
