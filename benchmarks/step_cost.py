@@ -219,10 +219,9 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
         "from them: hence less than the floor. Under KFAC and EKFAC the share recursion measures",
         "every sample's gradient in the metric: cheap at one location per sample, several",
         "products where there are many (Transformer). EKFAC on wide layers rotates whole",
-        "gradients, which costs more than the batch. Beside plain EKFAC, the rollout (2/3 of a",
-        "step of SGD) and the Gram numbers (three products) alone make 1.2 where EKFAC is 1.4 to",
-        "8: a ratio of 1.1 is out of reach with the recursion on. The small network pays for the",
-        "number of operations, whose arithmetic is next to nothing.",
+        "gradients, which costs more than the batch. Beside plain EKFAC on the MLP, the rollout",
+        "(2/3 of a step of SGD) and the Gram numbers (three products) alone make a ratio of 1.2.",
+        "The small network pays for the number of operations, whose arithmetic is next to nothing.",
     ]
     for threads, nets in figures.items():
         lines += ["", f"## {threads} thread{'s' if threads != '1' else ''}", ""]

@@ -15,7 +15,11 @@ from ocnopt.experiments.reproduce.vanishing import FIGURES, Method, Panel, Task,
 
 
 @pytest.mark.parametrize(
-    "name", ["SGD", "SGD-VGR", "Adam", "RMSprop", "EKFAC", "DDPNOpt", "DDPNOpt*", "DDPNOpt2nd"]
+    "name",
+    [
+        *("SGD", "SGD-VGR", "Adam", "RMSprop", "EKFAC", "DDPNOpt", "DDPNOpt*", "DDPNOpt2nd"),
+        *vanishing.PARTS,
+    ],
 )
 @pytest.mark.parametrize("loss", ["MMC", "CE"])
 def test_every_method_runs(name, loss):
@@ -29,7 +33,8 @@ def test_every_method_runs(name, loss):
 def test_every_figure_knows_its_methods():
     names = {m.name for f in FIGURES.values() for p in f.panels for m in p.methods}
     assert names == {
-        *("SGD", "SGD-VGR", "Adam", "RMSprop", "EKFAC", "DDPNOpt", "DDPNOpt*", "DDPNOpt2nd")
+        *("SGD", "SGD-VGR", "Adam", "RMSprop", "EKFAC", "DDPNOpt", "DDPNOpt*", "DDPNOpt2nd"),
+        *vanishing.PARTS,
     }
 
 

@@ -1,22 +1,8 @@
-"""The oracles and their cases are plain modules: importable under every pytest import mode."""
-
-import sys
-from pathlib import Path
+"""Everything here is compared to rounding."""
 
 import pytest
-import torch
-
-TESTS = Path(__file__).parents[1]
-for folder in (TESTS / "oracle", TESTS):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(autouse=True)
-def _float64_and_seed():
-    """Everything here is exact arithmetic up to rounding: float64, one seed per test."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+def _exact(exact):
+    """Float64 and one seed for every test of the folder."""

@@ -17,15 +17,6 @@ from ocnopt.control.hamiltonian import AugmentedHamiltonian, costates, gradient
 from ocnopt.control.players import find_players
 
 
-@pytest.fixture(autouse=True)
-def _float64_and_seed():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
 def fc():
     """Each entry of the list is a stage."""
     stages = [

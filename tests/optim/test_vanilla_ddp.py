@@ -27,15 +27,6 @@ def VanillaDDP(model, criterion, **options):
     return ocnopt.VanillaDDP(model, criterion, **{"dynamics_order": 2, **options})
 
 
-@pytest.fixture(autouse=True)
-def _float64_and_seed():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
 class MeanOver(nn.Module):
     def forward(self, x):
         return x.mean(1)

@@ -24,6 +24,10 @@ _COLOURS = {  # told apart by colour-blind readers too
     "DDPNOpt": "#009e73",
     "DDPNOpt*": "#009e73",
     "DDPNOpt2nd": "#cc79a7",
+    "rank one": "#0072b2",
+    "no feedback": "#d55e00",
+    "no bound": "#009e73",
+    "M = I": "#cc79a7",
 }
 _DASHES = ("-", "--", ":", "-.")
 

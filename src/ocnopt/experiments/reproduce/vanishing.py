@@ -125,6 +125,14 @@ class Task:
 SGD_VGR, KRONECKER, DDP, DDP2 = "SGD-VGR", "EKFAC", "DDPNOpt", "DDPNOpt2nd"
 _FOUR = (Method(SGD_VGR, 0.1), Method(KRONECKER, 0.03), Method(DDP, 0.03), Method(DDP2, 0.03))
 
+#: DDPNOpt without one of its parts: what differs from the full form with its defaults.
+PARTS: dict[str, dict[str, Any]] = {
+    "rank one": {"terminal": None},
+    "no feedback": {"rollout": "off"},
+    "no bound": {"feedback_clip": None},
+    "M = I": {"preconditioner": "identity"},
+}
+
 FIGURES: dict[str, Figure] = {
     "figure6": Figure(
         "Nine sigmoid layers on DIGITS, MMC loss (Fig. 6)",
@@ -137,6 +145,12 @@ FIGURES: dict[str, Figure] = {
                 "MMC",
                 "sigmoid",
                 tuple(Method(n, 0.03, d) for d in (1e-2, 1e-3) for n in (KRONECKER, DDP)),
+            ),
+            Panel(
+                "DDPNOpt in part",
+                "MMC",
+                "sigmoid",
+                tuple(Method(name, 0.03) for name in PARTS),
             ),
         ),
     ),
@@ -214,6 +228,9 @@ def build(
             dynamics_order=order,
         )
         return full, None
+    if method.name in PARTS:
+        options = {"terminal": "full", "preconditioner": factored, **PARTS[method.name]}
+        return DDPNOpt(model, criterion, lr=lr, **options), None
     kinds = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "RMSprop": torch.optim.RMSprop}
     return kinds[method.name](model.parameters(), lr=lr), None
 
@@ -479,7 +496,9 @@ def _page(
             "`DDPNOpt(terminal='full', preconditioner=EKFAC(damping))` with its defaults (share "
             "recursion, feedback bounded at 1, linear rollout), DDPNOpt2nd has "
             "`dynamics_order=2`, DDPNOpt* `preconditioner='rmsprop'`; SGD-VGR adds the regularizer "
-            f"of Pascanu et al. with weight {WEIGHT:g}. *Below*: the loss (mean of {EVERY} "
+            f"of Pascanu et al. with weight {WEIGHT:g}. *In part*: the same DDPNOpt with its "
+            "rank-one terminal, without feedback, without a bound on it, or with M = I. "
+            f"*Below*: the loss (mean of {EVERY} "
             f"steps) is below {LEFT:g} of the plateau: in how many runs, and at which step on "
             "average. Losses: mean over seeds (and range).",
             "",
