@@ -10,16 +10,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ocnopt.experiments.problems import Activation, DatasetName, NetworkName, OptimizerName
+from ocnopt.experiments.problems import Activation, Head
 
 if TYPE_CHECKING:
     from cyclopts import App
 
+    from ocnopt.experiments.compare import Contender
     from ocnopt.experiments.config import TrainConfig
     from ocnopt.experiments.reproduce.report import Settings
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+_COMMANDS = ("train", "compare", "reproduce", "data")
+_INTERRUPTED = {
+    "train": "a run with --output goes on from its last checkpoint with --resume",
+    "compare": "finished runs are in the cache, and the same command goes on from there",
+    "reproduce": "no page was written",
+    "data": "files that are there are whole, and the same command goes on with the others",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,15 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _app()(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        command = f"ocnopt {words[0]}" if words[:1] in (["train"], ["reproduce"]) else "ocnopt"
+        command = f"ocnopt {words[0]}" if words and words[0] in _COMMANDS else "ocnopt"
         return _fail(f"{error} See {command} --help.")
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        if words[:1] == ["reproduce"]:
-            _fail("interrupted; no page was written")
-        else:
-            _fail("interrupted; a run with --output goes on from its last checkpoint with --resume")
+        _fail(f"interrupted; {_INTERRUPTED.get(words[0] if words else '', 'nothing was done')}")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has left
         return 1
@@ -66,6 +72,7 @@ def _app() -> App:
     from cyclopts import App, Parameter
 
     from ocnopt import __version__
+    from ocnopt.experiments.data.commands import data_app
 
     app = App(
         name="ocnopt",
@@ -75,7 +82,9 @@ def _app() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.command(train)
+    app.command(compare)
     app.command(reproduce, help=_reproduce_help())
+    app.command(data_app())
     return app
 
 
@@ -88,9 +97,10 @@ def _reproduce_help() -> str:
 
 def train(
     *,
-    dataset: DatasetName | None = None,
-    network: NetworkName | None = None,
-    optimizer: OptimizerName | None = None,
+    recipe: str | None = None,
+    dataset: str | None = None,
+    network: str | None = None,
+    optimizer: str | None = None,
     lr: float | None = None,
     option: list[str] | None = None,
     batch_size: int | None = None,
@@ -99,6 +109,7 @@ def train(
     seed: int | None = None,
     widths: str | None = None,
     activation: Activation | None = None,
+    head: Head | None = None,
     output: Path | None = None,
     resume: bool = False,
     data_root: Path | None = None,
@@ -111,30 +122,40 @@ def train(
     """Train one network on one data set with one optimizer.
 
     Args:
-        dataset: What to train on; mnist and fashion-mnist are files under --data-root
-            [default: digits].
-        network: fcn: linear layers; cnn: four convolutions and two linear layers [default: fcn].
-        optimizer: The optimizer [default: ddpnopt].
+        recipe: Settings of one of the paper's problems, which other options change: wine-fcn,
+            digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn or
+            digits-deep.
+        dataset: What to train on: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn (see
+            ocnopt data list), or your own as module:function, which returns train_x, train_y,
+            test_x and test_y [default: digits].
+        network: fcn: linear layers; cnn: four convolutions and two linear layers; or your own as
+            module:function, called with the shape of an input and the number of classes
+            [default: fcn].
+        optimizer: ddpnopt, kfac, ekfac, sgd, rmsprop, adam, vanilla-ddp, emsa, or any other as
+            package.module:Class [default: ddpnopt].
         lr: Learning rate [default: by optimizer].
         option: Option of the optimizer as key=value, such as momentum=0.9 or
             preconditioner=kfac; may be repeated.
-        batch_size: Samples per step [default: 8 for digits and wine, else 32].
+        batch_size: Samples per step [default: 8 for digits, wine and clusters, 128 for cifar-10 and
+            svhn, else 32].
         epochs: Passes over the training set [default: 10 without --steps].
         steps: Steps; the run ends at whichever of --epochs and --steps comes first.
         seed: Seed of the initial weights and of the data order [default: 0].
         widths: Hidden widths of fcn, such as 32,32,16 [default: by data set].
         activation: Non-linearity of fcn [default: by data set].
+        head: What fcn applies to its outputs [default: identity].
         output: Folder for metrics.jsonl, config.json, checkpoint.pt and run.png; without it
             nothing is written.
         resume: Take up the run in --output where its checkpoint left it; settings that are not
             given are those of the run.
-        data_root: Folder that holds mnist/ and fashion-mnist/ [default: $OCNOPT_DATA].
+        data_root: Folder that holds the data [default: $OCNOPT_DATA, else a folder in the cache].
         log_every: Steps between rows of metrics.jsonl [default: 50].
         checkpoint_every: Steps between checkpoints [default: at every epoch's end].
         device: Torch device, such as cpu or cuda [default: cpu].
         threads: Threads that torch may use [default: 1 for fcn, torch's own setting for cnn].
         json: Print one JSON object on stdout in place of the progress bar and the summary.
     """
+    from ocnopt.experiments.choices import with_recipe
     from ocnopt.experiments.config import TrainConfig, from_json
     from ocnopt.experiments.errors import InputError
     from ocnopt.experiments.options import parse_options, parse_widths
@@ -151,13 +172,14 @@ def train(
         "seed": seed,
         "widths": None if widths is None else parse_widths(widths),
         "activation": activation,
+        "head": head,
         "data_root": data_root,
         "log_every": log_every,
         "checkpoint_every": checkpoint_every,
         "device": device,
         "threads": threads,
     }
-    given = {name: value for name, value in choices.items() if value is not None}
+    given = with_recipe(recipe, choices)
     if resume and output is None:
         raise InputError("--resume needs the run's folder; give it with --output")
     kept: dict[str, Any] = {}
@@ -189,6 +211,132 @@ def _run(config: TrainConfig, *, json: bool) -> None:
     print_result(Console(), result)
 
 
+def compare(
+    *,
+    optimizer: list[str] | None = None,
+    lr: str | None = None,
+    recipe: str | None = None,
+    dataset: str | None = None,
+    network: str | None = None,
+    widths: str | None = None,
+    activation: Activation | None = None,
+    head: Head | None = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seeds: int = 3,
+    margin: float = 1.0,
+    validation: float = 0.1,
+    output: Path = Path("runs/compare"),
+    cache: Path = Path("runs/cache"),
+    data_root: Path | None = None,
+    processes: int | None = None,
+    json: bool = False,
+) -> None:
+    """Compare optimizers on a problem of the paper's or your own.
+
+    Every optimizer is trained at each of its learning rates; fresh seeds at the best of them, as
+    validation samples tell, are what is reported, with the range of learning rates that work and
+    the time of a step.
+
+    Args:
+        optimizer: An optimizer, with its options and, if you like, a sweep of its own, as in
+            'ddpnopt preconditioner=rmsprop lr=0.001:0.1:7'; any of ddpnopt, kfac, ekfac, sgd,
+            rmsprop, adam, vanilla-ddp, emsa, or package.module:Class. To be repeated: the first is
+            what times are relative to [default: sgd, adam and ddpnopt].
+        lr: Learning rates of all others: FROM:TO:COUNT with even ratios, as in 0.01:1:7, or a list,
+            as in 0.1,0.2,0.4 [default: seven, a factor 10 either way of the optimizer's usual one].
+        recipe: Settings of one of the paper's problems, which other options change: wine-fcn,
+            digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn or
+            digits-deep.
+        dataset: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn, or your own as
+            module:function, which returns train_x, train_y, test_x and test_y [default: digits].
+        network: fcn, cnn, or your own as module:function, called with the shape of an input and the
+            number of classes [default: fcn].
+        widths: Hidden widths of fcn, such as 32,32,16 [default: by data set].
+        activation: Non-linearity of fcn [default: by data set].
+        head: What fcn applies to its outputs [default: identity].
+        batch_size: Samples per step [default: by data set].
+        epochs: Passes over the training set [default: 10 without --steps].
+        steps: Steps of every run.
+        seeds: Seeds per learning rate, and of the final runs [default: 3].
+        margin: Percentage points of accuracy that a workable learning rate may be below the best
+            [default: 1].
+        validation: Share of the training set that learning rates are compared on [default: 0.1].
+        output: Folder for compare.html, .md and .json, sensitivity.png and curves.png; older ones
+            are replaced [default: runs/compare].
+        cache: Folder that keeps every finished run, so that none is trained twice
+            [default: runs/cache].
+        data_root: Folder that holds the data [default: $OCNOPT_DATA, else a folder in the cache].
+        processes: Worker processes [default: one per core].
+        json: Print one JSON object on stdout in place of the progress bar and the table.
+    """
+    from ocnopt.experiments.choices import with_recipe
+    from ocnopt.experiments.config import TrainConfig
+    from ocnopt.experiments.errors import InputError
+    from ocnopt.experiments.options import parse_widths
+
+    if not 0 < validation < 1:
+        raise InputError(f"validation must be a share above 0 and below 1, not {validation:g}")
+    if processes is not None and processes < 1:
+        raise InputError(f"processes must be at least 1, not {processes}")
+    given = {
+        "dataset": dataset,
+        "network": network,
+        "widths": None if widths is None else parse_widths(widths),
+        "activation": activation,
+        "head": head,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "steps": steps,
+        "data_root": data_root,
+        "validation": validation,
+    }
+    base = TrainConfig(**with_recipe(recipe, given))
+    from ocnopt.experiments import compare as comparing
+
+    rates = None if lr is None else comparing.parse_rates(lr)
+    contenders = [
+        comparing.parse_contender(text, rates) for text in optimizer or ("sgd", "adam", "ddpnopt")
+    ]
+    comparing.require_folder(output)
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "margin": margin,
+        "cache": comparing.Cache(cache),
+        "processes": processes,
+    }
+    _compare(contenders, base, output, options, json=json)
+
+
+def _compare(
+    contenders: list[Contender],
+    base: TrainConfig,
+    output: Path,
+    options: dict[str, Any],
+    *,
+    json: bool,
+) -> None:
+    from ocnopt.experiments import compare as comparing
+
+    if json:
+        from ocnopt.experiments.files import without_non_finite
+
+        comparison = comparing.compare(contenders, base, **options)
+        comparing.save(comparison, output)
+        plain = without_non_finite({**comparison.to_json(curves=False), "output": str(output)})
+        sys.stdout.write(json_format.dumps(plain) + "\n")
+        return
+    from rich.console import Console
+
+    from ocnopt.experiments.compare.terminal import print_comparison
+    from ocnopt.experiments.reproduce.terminal import ExperimentProgress
+
+    with ExperimentProgress("comparing") as progress:
+        comparison = comparing.compare(contenders, base, watcher=progress, **options)
+    print_comparison(Console(), comparison, output, comparing.save(comparison, output))
+
+
 def reproduce(
     name: str,
     /,
@@ -203,7 +351,7 @@ def reproduce(
     Args:
         name: Which one; the list is above.
         quick: A small version, of less than a minute.
-        output: Folder for NAME.md, NAME.png and NAME.json; older ones are replaced
+        output: Folder for NAME.md, .html, .png and .json; older ones are replaced
             [default: runs/NAME]. Figures 6 and 10 to 12 also keep every run in vanishing.jsonl
             there and take up what it holds: delete it to run anew.
         data_root: Folder that holds mnist/ and fashion-mnist/ [default: $OCNOPT_DATA].

@@ -39,6 +39,9 @@ def mnist_root(tmp_path):
 
 
 @pytest.fixture
-def no_data_variable(monkeypatch):
-    """Without a data folder in the environment."""
+def no_data_variable(monkeypatch, tmp_path_factory):
+    """Without a data folder in the environment, and with an empty one in the cache."""
+    cache = tmp_path_factory.mktemp("cache")
     monkeypatch.delenv("OCNOPT_DATA", raising=False)
+    monkeypatch.setattr("pooch.os_cache", lambda project: cache / project)
+    return cache / "ocnopt"

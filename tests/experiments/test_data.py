@@ -1,13 +1,16 @@
-import gzip
+import re
+import sys
+from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 
 from ocnopt.experiments import datasets
+from ocnopt.experiments.data.locate import data_folder
+from ocnopt.experiments.data.sets import SETS
 from ocnopt.experiments.errors import InputError
-from ocnopt.experiments.idx import read_idx
 from ocnopt.experiments.order import DataOrder
+from ocnopt.experiments.problems import PROBLEMS, DatasetName
 
 
 def test_digits_are_images_standardized_by_the_training_set():
@@ -34,56 +37,66 @@ def test_the_split_is_always_the_same():
     assert torch.equal(datasets.load("wine").test_x, datasets.load("wine").test_x)
 
 
-def test_idx_round_trip(tmp_path, write_idx):
-    images = np.arange(24).reshape(2, 3, 4)
-    write_idx(tmp_path / "a.gz", images)
-    assert read_idx(tmp_path / "a.gz", dims=3).tolist() == images.tolist()
+def test_clusters_are_generated_the_same_and_balanced():
+    data = datasets.load("clusters")
+    facts = SETS["clusters"]
+    assert data.train_x.shape == (facts.train, *facts.shape)
+    assert data.test_x.shape == (facts.test, *facts.shape)
+    assert data.classes == facts.classes
+    assert data.train_y.bincount().unique().tolist() == [facts.train // facts.classes]
+    assert data.test_y.bincount().unique().tolist() == [facts.test // facts.classes]
+    torch.testing.assert_close(data.train_x.mean(0), torch.zeros(30), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.train_x.std(0), torch.ones(30), atol=1e-5, rtol=0)
+    assert torch.equal(datasets.load("clusters").test_x, data.test_x)
 
 
-def test_mnist_from_files(mnist_root, monkeypatch):
-    data = datasets.load("mnist", mnist_root)
-    assert data.train_x.shape == (60, 1, 8, 8)
-    assert data.test_y.tolist() == [i % 10 for i in range(20)]
-    monkeypatch.setenv("OCNOPT_DATA", str(mnist_root))
-    assert torch.equal(datasets.load("mnist").train_x, data.train_x)
+@pytest.mark.parametrize("name", ["digits", "wine", "clusters"])
+def test_what_needs_no_file_is_as_described(name):
+    data, facts = datasets.load(name), SETS[name]
+    assert (len(data.train_y), len(data.test_y)) == (facts.train, facts.test)
+    assert (data.shape, data.classes) == (facts.shape, facts.classes)
 
 
-def test_missing_data_says_where_to_put_it(no_data_variable, tmp_path):
-    with pytest.raises(InputError, match=r"--data-root FOLDER or OCNOPT_DATA"):
+def test_every_name_has_a_data_set_and_a_problem():
+    assert set(SETS) == set(PROBLEMS) == set(get_args(DatasetName))
+    for name, facts in SETS.items():
+        assert facts.name == name
+        assert (facts.origin == "files") == bool(facts.folder and facts.files and facts.downloads)
+        for download in facts.downloads:
+            assert re.fullmatch("md5:[0-9a-f]{32}", download.checksum)
+            assert download.urls and all(url.endswith("/" + download.name) for url in download.urls)
+
+
+def test_unknown_name():
+    with pytest.raises(InputError, match="no data set 'cifar'; choose from digits"):
+        datasets.load("cifar")
+
+
+def test_missing_data_says_how_to_get_it(no_data_variable, tmp_path):
+    with pytest.raises(InputError, match=r"'ocnopt data get mnist'.* or OCNOPT_DATA") as raised:
         datasets.load("mnist")
-    with pytest.raises(InputError, match=r"no folder .*fashion-mnist"):
-        datasets.load("fashion-mnist", tmp_path)
+    assert str(no_data_variable / "mnist") in str(raised.value)
+    with pytest.raises(InputError, match=r"no folder .*cifar-10-batches-bin") as raised:
+        datasets.load("cifar-10", tmp_path)
+    assert f"'ocnopt data get cifar-10 --data-root {tmp_path}'" in str(raised.value)
     (tmp_path / "mnist").mkdir()
-    with pytest.raises(InputError, match=r"no file .*train-images-idx3-ubyte\.gz"):
+    with pytest.raises(InputError, match=r"no file .*train-images-idx3-ubyte\.gz") as raised:
         datasets.load("mnist", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda raw: raw[:-20], "cannot be read"),
-        (lambda raw: b"not gzip at all", "cannot be read"),
-        (lambda raw: raw[:40] + bytes(8) + raw[48:], "cannot be read"),
-        (lambda raw: gzip.compress(b""), "no IDX file"),
-        (lambda raw: gzip.compress(gzip.decompress(raw)[:-5]), "states 3840 bytes"),
-        (lambda raw: gzip.compress(gzip.decompress(raw) + b"more"), "holds 3844"),
-        (lambda raw: gzip.compress(b"\x00\x00\x0d" + gzip.decompress(raw)[3:]), "no IDX file"),
-    ],
-    ids=["cut", "no gzip", "corrupt", "empty", "short", "long", "other type"],
-)
-def test_damaged_idx_is_named(mnist_root, damage, says):
-    file = mnist_root / "mnist" / "train-images-idx3-ubyte.gz"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(InputError, match=says) as raised:
-        datasets.load("mnist", mnist_root)
-    assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_images_and_labels_must_match(mnist_root, write_idx):
-    write_idx(mnist_root / "mnist" / "train-labels-idx1-ubyte.gz", np.zeros(59))
-    with pytest.raises(InputError, match="60 train images and 59 labels"):
-        datasets.load("mnist", mnist_root)
+def test_folder_given_then_variable_then_cache(no_data_variable, tmp_path, monkeypatch):
+    assert data_folder() == no_data_variable
+    monkeypatch.setenv("OCNOPT_DATA", str(tmp_path / "variable"))
+    assert data_folder() == tmp_path / "variable"
+    assert data_folder(tmp_path / "given") == tmp_path / "given"
+
+
+def test_without_pooch_a_folder_has_to_be_given(no_data_variable, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(InputError, match="--data-root FOLDER or OCNOPT_DATA"):
+        data_folder()
+    assert data_folder(tmp_path) == tmp_path
 
 
 def test_order_visits_every_sample_once_per_epoch_and_depends_on_the_step_alone():

@@ -42,7 +42,7 @@ def test_figure8(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "k-1 singular values with cross-entropy (4 of 4 spectra)" in " ".join(out.split())
     assert sorted(file.name for file in folder.iterdir()) == [
-        f"figure8.{kind}" for kind in ("json", "md", "png")
+        f"figure8.{kind}" for kind in ("html", "json", "md", "png")
     ]
     results = json.loads((folder / "figure8.json").read_text())
     counts = {(row["case"], row["seed"], row["iteration"]): row["count"] for row in results["rows"]}
@@ -104,7 +104,7 @@ def test_most_confused_images_come_first():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["figure99"], "choose one of figure5"),
+        (["figure99"], "choose one of figure3"),
         ([], "NAME"),
         (["figure8", "--seeds", "0"], "at least 1"),
         (["figure8", "--seeds", "many"], "--seeds"),

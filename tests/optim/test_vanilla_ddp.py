@@ -157,8 +157,8 @@ def expanded(model, x, y, criterion, damping, state_reg=0.0, decay=0.0):
         call = TerminalCall(output, (y,), {}, criterion(output, y))
         v, k = TerminalCost(criterion, "full").expansion(call, 1, positive=False)
         decays = {p: tuple(torch.full_like(q, decay) for q in p.params) for p in players}
-        ddp = DDP(chain, decays, 1, torch.float64, inspect=True)
-        policies = ddp.backward(v, k, damping, state_reg)
+        ddp = DDP(chain, decays, 1, torch.float64, state_reg=state_reg, inspect=True)
+        policies = ddp.backward(v, k, damping)
         assert policies is not None
     return ddp, policies
 
@@ -564,12 +564,14 @@ class Root(nn.Module):
         ("derivative", "derivatives of the cost are not finite at layer '2'"),
     ],
 )
-def test_what_is_not_finite_is_named(kind, message):
+@pytest.mark.parametrize(("dynamics_order", "damping"), [(1, 1e-3), (2, 0.0)])
+def test_what_is_not_finite_is_named(kind, message, dynamics_order, damping):
     model = nn.Sequential(
         nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Identity(), nn.Linear(3, 2)
     )
     x, y = torch.randn(3, 3), torch.randn(3, 2)
-    optimizer = VanillaDDP(model, nn.MSELoss(), damping=0.0)
+    options = {"dynamics_order": dynamics_order, "damping": damping}
+    optimizer = VanillaDDP(model, nn.MSELoss(), **options)
     optimizer.step(x, y)
     if kind == "input":
         x[1, 1] = float("nan")

@@ -58,6 +58,33 @@ class Control(ABC):
     def curvature(self, k: Tensor) -> Tensor:
         """The mean over samples of ``g_u^T K g_u``, (S, N, N) to (m, m)."""
 
+    def stacked(self, z: Tensor) -> Tensor:
+        """``g_u^T z`` of all rows, (S, r, N) to (m, S r)."""
+        return self.pull(z.mT).transpose(0, 1).reshape(self.size, -1)
+
+    @abstractmethod
+    def apply(self, u: Tensor) -> Tensor:
+        """``g_u u`` of one u for all samples, (m) to (S, N)."""
+
+    @abstractmethod
+    def total(self, v: Tensor) -> Tensor:
+        """``sum_i g_u^T v_i``, (S, N) to (m)."""
+
+    def gram(self, z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """``(g_u^T z)^T diag(weight) (g_u^T y)`` of all rows with all rows.
+
+        Args:
+            z: (S, r, N).
+            y: (S, c, N).
+            weight: (m), the same throughout a parameter.
+
+        Returns:
+            (S r, S c).
+        """
+        left = self.stacked(z)
+        right = left if y is z else self.stacked(y)
+        return left.t() @ (weight.unsqueeze(-1) * right)
+
     @abstractmethod
     def mixed(self, v: Tensor) -> Tensor | None:
         """``V_h . g_ux``, (S, N) to (S, m, n); None where it is zero."""
@@ -103,6 +130,24 @@ class _LinearControl(Control):
             total = torch.einsum("sri,sropj->oipj", self.a, half)
         return total.reshape(self.size, self.size) / self.samples
 
+    def apply(self, u: Tensor) -> Tensor:
+        return (self.a @ u.reshape(self.out, -1).t()).reshape(self.samples, -1)
+
+    def total(self, v: Tensor) -> Tensor:
+        return (v.reshape(-1, self.out).t() @ self.a.flatten(0, 1)).reshape(-1)
+
+    def gram(self, z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Without ``g_u^T z``, where locations are few: it is ``a . a`` times ``z . y``."""
+        samples, locations, width = self.a.shape
+        if locations > width:
+            return super().gram(z, y, weight)
+        weighted = self.a * weight.reshape(self.out, -1)[0]
+        dots = torch.einsum("sri,tqi->srtq", weighted, self.a)
+        z = z.reshape(samples, -1, locations, self.out)
+        y = y.reshape(samples, -1, locations, self.out)
+        half = torch.einsum("srtq,tcqo->srotc", dots, y).reshape(samples, locations * self.out, -1)
+        return (z.flatten(2) @ half).reshape(z.shape[0] * z.shape[1], -1)
+
     def mixed(self, v: Tensor) -> Tensor | None:
         if not self.layer.has_weight:
             return None
@@ -146,6 +191,12 @@ class _DenseControl(Control):
 
     def curvature(self, k: Tensor) -> Tensor:
         return self.g_u.flatten(0, 1).t() @ (k @ self.g_u).flatten(0, 1) / self.samples
+
+    def apply(self, u: Tensor) -> Tensor:
+        return self.g_u @ u
+
+    def total(self, v: Tensor) -> Tensor:
+        return self.g_u.flatten(0, 1).t() @ v.reshape(-1)
 
     def mixed(self, v: Tensor) -> Tensor | None:
         if not self.layer.has_weight:

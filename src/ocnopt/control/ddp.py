@@ -6,7 +6,8 @@ and the value under regularized gains are those of Tassa, Erez & Todorov 2012 (E
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from ocnopt.curvature.factorize import spd_factor
 from ocnopt.errors import GraphError, NonFiniteError
 from ocnopt.layers.base import Params
 
-__all__ = ["DDP", "Expansion", "Gains"]
+__all__ = ["DDP", "Expansion", "Gains", "Passes", "Policy", "Stage", "finite", "not_finite"]
 
 
 @dataclass
@@ -44,26 +45,61 @@ class Expansion:
 
 
 @dataclass
-class Gains:
+class Policy(ABC):
     """``du = alpha k + K dx`` of every sample at one stage, and what k is expected to save.
 
     Attributes:
         control: The stage's control.
-        k: (S, m).
-        gain: K, (S, m, n); None where dx is zero.
         slope: ``k^T Q_u`` of the batch.
         bow: ``k^T Q_uu k`` of the batch.
     """
 
     control: Control
-    k: Tensor
-    gain: Tensor | None
     slope: float
     bow: float
 
+    @abstractmethod
+    def change(self, rate: float, dx: Tensor) -> Tensor:
+        """The mean of ``du`` over samples, (m).
+
+        Args:
+            rate: alpha.
+            dx: Change of the state at the stage's input, (S, n).
+        """
+
 
 @dataclass
-class _Stage:
+class Gains(Policy):
+    """A policy with its matrices.
+
+    Attributes:
+        k: (S, m).
+        gain: K, (S, m, n); None where dx is zero.
+    """
+
+    k: Tensor
+    gain: Tensor | None
+
+    def change(self, rate: float, dx: Tensor) -> Tensor:
+        """The mean of ``du`` over samples."""
+        du = rate * self.k.mean(0)
+        if self.gain is None:
+            return du
+        return du + (self.gain @ dx.unsqueeze(-1)).squeeze(-1).mean(0)
+
+
+@dataclass
+class Stage:
+    """One stage at this batch.
+
+    Attributes:
+        link: The layer and what follows it.
+        s: Jacobian of what follows it.
+        g: Jacobian of the layer; None where its input is fixed.
+        control: Its parameters; None where they stay as they are.
+        decay: Their weight decay (m); None as above.
+    """
+
     link: Link
     s: Transport
     g: Transport | None
@@ -71,18 +107,17 @@ class _Stage:
     decay: Tensor | None
 
 
-class DDP:
-    """Both passes of Algorithm 1.
+class Passes(ABC):
+    """Algorithm 1 but for how its backward pass is computed.
 
     Args:
         chain: The network at this batch.
         decays: The controlled players with the weight decay of each of their parameters, shaped as
-            the parameter.
+            the parameter and the same throughout it.
         samples: S: the batch's samples, or 1 for the stacked problem.
         dtype: The dtype of values.
         share: What a sample's value takes its own policy times: 1, or 1/S, its part in the update.
-        order: Of the expansion of the dynamics; 1 leaves the terms ``V . f_**`` of Eq. 3 out.
-        inspect: Expand the first stage in its state, too, and keep every Q.
+        inspect: Expand the first stage in its state, too.
 
     Raises:
         GraphError: The matrices do not fit into memory, or samples depend on one another.
@@ -95,31 +130,26 @@ class DDP:
         samples: int,
         dtype: torch.dtype,
         share: float = 1.0,
-        order: int = 2,
         inspect: bool = False,
     ) -> None:
         self.samples = samples
         self.dtype = dtype
         self.share = share
-        self.order = order
-        self.inspect = inspect
-        #: Q of every controlled stage in the last backward pass, where they are kept.
-        self.expansions: dict[Player, Expansion] = {}
         links = chain.links
-        first = next((i for i, link in enumerate(links) if link.player in decays), len(links))
         self._links = links
-        self._first = 0 if inspect else first
+        first = next((i for i, link in enumerate(links) if link.player in decays), len(links))
+        start = 0 if inspect else first
         _require_rows(links, samples)
-        _require_room([k for k in links if k.player in decays], samples, inspect, dtype)
-        self._stages: list[_Stage] = []
-        for i, link in enumerate(links[self._first :], self._first):
+        self._require_room([k for k in links if k.player in decays], inspect)
+        self._stages: list[Stage] = []
+        for i, link in enumerate(links[start:], start):
             control = decay = None
             if link.player in decays:
-                control = control_of(link, samples, dtype)
+                control = control_of(link, samples, self._control_dtype)
                 decay = control.join(decays[link.player])
-            free = i > self._first or inspect
+            free = i > start or inspect
             self._stages.append(
-                _Stage(
+                Stage(
                     link,
                     state_jacobian(link, samples, dtype),
                     layer_jacobian(link, samples, dtype) if free else None,
@@ -128,16 +158,19 @@ class DDP:
                 )
             )
 
-    def backward(
-        self, v: Tensor, k: Tensor, damping: float, state_reg: float
-    ) -> list[Gains | None] | None:
+    @property
+    def _control_dtype(self) -> torch.dtype:
+        """The dtype of what is computed about parameters."""
+        return self.dtype
+
+    @abstractmethod
+    def backward(self, v: Tensor, k: Tensor, damping: float) -> Sequence[Policy | None] | None:
         """Lines 2 to 6 of Algorithm 1.
 
         Args:
             v: Gradient of every sample's cost in the network's output, (S, n).
             k: Its Hessian, (S, n, n).
             damping: Added to the diagonal of Q_uu.
-            state_reg: Added to the diagonal of V_xx in the Q_uu and Q_ux that make the gains.
 
         Returns:
             A policy per stage, None where nothing is controlled; or None as a whole where a Q_uu
@@ -146,41 +179,9 @@ class DDP:
         Raises:
             NonFiniteError: With the layer at which it began.
         """
-        self.expansions = {}
-        policies: list[Gains | None] = []
-        if not _finite(v, k):
-            raise NonFiniteError(
-                "the criterion's gradient or Hessian at the model's output is not finite; no "
-                "weight was changed. Look for a division, root or logarithm of zero in it"
-            )
-        for stage in reversed(self._stages):
-            v_h, k_h = stage.s.pull(v), stage.s.pull_matrix(k)
-            if self.order == 2:
-                bent = bend(stage.link, v)
-                k_h = k_h + (torch.diag_embed(bent) if bent.dim() == 2 else bent)
-            k_h = _symmetric(k_h)
-            extra = None
-            if state_reg:
-                unit = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
-                extra = state_reg * stage.s.pull_matrix(unit.expand(self.samples, -1, -1))
-            found: tuple[Expansion, Gains] | None = None
-            if stage.control is not None:
-                mixed = stage.control.mixed(v_h) if self.order == 2 and stage.g else None
-                found = _minimize(stage, v_h, k_h, mixed, extra, damping)
-                if found is None:
-                    return None
-                if self.inspect:
-                    self.expansions[stage.link.player] = found[0]
-            policies.append(None if found is None else found[1])
-            if stage.g is None:
-                break
-            v, k = _value(stage, found, v_h, k_h, self.share)
-            if found is not None:
-                found[0].v_x, found[0].v_xx = v, k
-        return policies[::-1]
 
     def forward(
-        self, policies: list[Gains | None], rates: Mapping[Player, float]
+        self, policies: Sequence[Policy | None], rates: Mapping[Player, float]
     ) -> tuple[Tensor, dict[Player, Params]]:
         """Lines 7 to 11 of Algorithm 1, with ``du = mean_i (alpha k_i + K_i dx_i)``.
 
@@ -197,20 +198,126 @@ class DDP:
             params: Params | None = None
             link = stage.link
             if policy is not None:
-                du = rates[link.player] * policy.k.mean(0)
-                if policy.gain is not None:
-                    dx = (x.to(self.dtype) - link.x.to(self.dtype)).reshape(self.samples, -1, 1)
-                    du = du + (policy.gain @ dx).squeeze(-1).mean(0)
-                params = tuple(
-                    p + d for p, d in zip(link.player.params, policy.control.split(du), strict=True)
-                )
+                dx = (x.to(self.dtype) - link.x.to(self.dtype)).reshape(self.samples, -1)
+                du = policy.control.split(policy.change(rates[link.player], dx))
+                params = tuple(p + d for p, d in zip(link.player.params, du, strict=True))
                 new[link.player] = params
             x = link.f(x, params)
         return x, new
 
+    @abstractmethod
+    def _room(self, link: Link, first: bool) -> tuple[int, int]:
+        """Bytes that a controlled stage keeps, and that it takes for a while.
+
+        Args:
+            link: The stage.
+            first: Whether its state is fixed.
+        """
+
+    @abstractmethod
+    def _largest(self, link: Link) -> str:
+        """What takes the room at a stage, as a relative clause."""
+
+    def _require_room(self, links: list[Link], inspect: bool) -> None:
+        """Raise unless the largest stage's matrices and all policies fit into memory."""
+        if not links:
+            return
+        kept, taken = zip(
+            *(self._room(link, i == 0 and not inspect) for i, link in enumerate(links)), strict=True
+        )
+        most = max(range(len(links)), key=lambda i: kept[i] + taken[i])
+        need, available = sum(kept) + max(taken), room(links[0].x.device)
+        if need > available:
+            raise GraphError(
+                f"vanilla DDP would take about {need / 2**30:.1f} GiB, most of it at layer "
+                f"{links[most].player.name!r}, {self._largest(links[most])}; "
+                f"{available / 2**30:.1f} GiB are at hand. "
+                "Use DDPNOpt, which never forms them, or a smaller batch or network"
+            )
+
+
+class DDP(Passes):
+    """Algorithm 1 with every matrix formed.
+
+    Args:
+        chain: The network at this batch.
+        decays: As in :class:`Passes`.
+        samples: S: the batch's samples, or 1 for the stacked problem.
+        dtype: The dtype of values.
+        share: What a sample's value takes its own policy times: 1, or 1/S, its part in the update.
+        order: Of the expansion of the dynamics; 1 leaves the terms ``V . f_**`` of Eq. 3 out.
+        state_reg: Added to the diagonal of V_xx in the Q_uu and Q_ux that make the gains.
+        inspect: Expand the first stage in its state, too, and keep every Q.
+
+    Raises:
+        GraphError: The matrices do not fit into memory, or samples depend on one another.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        decays: Mapping[Player, Params],
+        samples: int,
+        dtype: torch.dtype,
+        share: float = 1.0,
+        order: int = 2,
+        state_reg: float = 0.0,
+        inspect: bool = False,
+    ) -> None:
+        self.order = order
+        self.state_reg = state_reg
+        self.inspect = inspect
+        #: Q of every controlled stage in the last backward pass, where they are kept.
+        self.expansions: dict[Player, Expansion] = {}
+        super().__init__(chain, decays, samples, dtype, share, inspect)
+
+    def backward(self, v: Tensor, k: Tensor, damping: float) -> list[Gains | None] | None:
+        """Lines 2 to 6 of Algorithm 1; arguments as in :class:`Passes`."""
+        self.expansions = {}
+        policies: list[Gains | None] = []
+        if not finite(v, k):
+            raise not_finite(None)
+        for stage in reversed(self._stages):
+            v_h, k_h = stage.s.pull(v), stage.s.pull_matrix(k)
+            if self.order == 2:
+                bent = bend(stage.link, v)
+                k_h = k_h + (torch.diag_embed(bent) if bent.dim() == 2 else bent)
+            k_h = _symmetric(k_h)
+            extra = None
+            if self.state_reg:
+                unit = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+                extra = self.state_reg * stage.s.pull_matrix(unit.expand(self.samples, -1, -1))
+            found: tuple[Expansion, Gains] | None = None
+            if stage.control is not None:
+                mixed = stage.control.mixed(v_h) if self.order == 2 and stage.g else None
+                found = _minimize(stage, v_h, k_h, mixed, extra, damping)
+                if found is None:
+                    return None
+                if self.inspect:
+                    self.expansions[stage.link.player] = found[0]
+            policies.append(None if found is None else found[1])
+            if stage.g is None:
+                break
+            v, k = _value(stage, found, v_h, k_h, self.share)
+            if found is not None:
+                found[0].v_x, found[0].v_xx = v, k
+        return policies[::-1]
+
+    def _room(self, link: Link, first: bool) -> tuple[int, int]:
+        size = torch.finfo(self.dtype).bits // 8
+        gain = 0 if first else link.player.layer.numel * link.x.numel()
+        return size * gain, size * control_room(link, self.samples, first)
+
+    def _largest(self, link: Link) -> str:
+        m, samples = link.player.layer.numel, self.samples
+        return (
+            f"whose Q_uu is {m} x {m} and whose Q_ux is {m} x {link.x.numel() // samples} for each "
+            f"of {samples} sample{'s' if samples > 1 else ''}"
+        )
+
 
 def _minimize(
-    stage: _Stage,
+    stage: Stage,
     v_h: Tensor,
     k_h: Tensor,
     mixed: Tensor | None,
@@ -237,12 +344,8 @@ def _minimize(
         if extra is not None:
             ux = ux + control.pull(stage.g.pull_columns(extra))
         right = torch.cat([right, ux.transpose(0, 1).reshape(m, -1)], 1)
-    if not _finite(right, uu):
-        raise NonFiniteError(
-            f"the derivatives of the cost are not finite at layer {stage.link.player.name!r} or in "
-            "the operations behind it; no weight was changed. Look for a division, root or "
-            "logarithm of zero there, or skip this batch"
-        )
+    if not finite(right, uu):
+        raise not_finite(stage.link)
     factor = spd_factor(_symmetric(uu))
     if factor is None:
         return None
@@ -253,11 +356,11 @@ def _minimize(
         gain = solved[:, samples:].reshape(m, samples, -1).transpose(0, 1)
     step = k.mean(0)
     slope, bow = float(step @ q_u.mean(0)), float(step @ (q_uu @ step))
-    return e, Gains(control, k, gain, slope, bow)
+    return e, Gains(control, slope, bow, k, gain)
 
 
 def _value(
-    stage: _Stage,
+    stage: Stage,
     found: tuple[Expansion, Gains] | None,
     v_h: Tensor,
     k_h: Tensor,
@@ -289,8 +392,27 @@ def _symmetric(k: Tensor) -> Tensor:
     return (k + k.mT) / 2
 
 
-def _finite(*tensors: Tensor) -> bool:
+def finite(*tensors: Tensor) -> bool:
+    """Whether all their entries are."""
     return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def not_finite(link: Link | None) -> NonFiniteError:
+    """The error for derivatives that are not finite.
+
+    Args:
+        link: The stage at which that is seen first; None for the criterion.
+    """
+    if link is None:
+        return NonFiniteError(
+            "the criterion's gradient or Hessian at the model's output is not finite; no "
+            "weight was changed. Look for a division, root or logarithm of zero in it"
+        )
+    return NonFiniteError(
+        f"the derivatives of the cost are not finite at layer {link.player.name!r} or in "
+        "the operations behind it; no weight was changed. Look for a division, root or "
+        "logarithm of zero there, or skip this batch"
+    )
 
 
 def _require_rows(links: list[Link], samples: int) -> None:
@@ -302,23 +424,3 @@ def _require_rows(links: list[Link], samples: int) -> None:
                 f"layer {link.player.name!r} works on {rows[0]} rows, which are no multiple of the "
                 f"{samples} samples of the output; use batch='joint', which needs no samples"
             )
-
-
-def _require_room(links: list[Link], samples: int, inspect: bool, dtype: torch.dtype) -> None:
-    """Raise unless the largest stage's matrices and all gains fit into memory."""
-    if not links:
-        return
-    kept = sum(link.player.layer.numel * link.x.numel() for link in links[1:])
-    sizes = [control_room(link, samples, i == 0 and not inspect) for i, link in enumerate(links)]
-    largest = max(range(len(links)), key=sizes.__getitem__)
-    size = torch.finfo(dtype).bits // 8
-    need, available = (kept + sizes[largest]) * size, room(links[0].x.device)
-    if need > available:
-        m = links[largest].player.layer.numel
-        raise GraphError(
-            f"vanilla DDP would take about {need / 2**30:.1f} GiB, most of it at layer "
-            f"{links[largest].player.name!r}, whose Q_uu is {m} x {m} and whose Q_ux is {m} x "
-            f"{links[largest].x.numel() // samples} for each of {samples} "
-            f"sample{'s' if samples > 1 else ''}; {available / 2**30:.1f} GiB are at hand. "
-            "Use DDPNOpt, which never forms them, or a smaller batch or network"
-        )

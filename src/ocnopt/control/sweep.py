@@ -204,7 +204,8 @@ class Sweep:
         def factors() -> tuple[Tensor, Tensor]:
             return self._factors(stage)
 
-        stage.metric = stage.mover.observe(mean, factors, self.samples)
+        samples = self.samples // stage.player.layer.networks
+        stage.metric = stage.mover.observe(mean, factors, samples)
         if self.rule == "joint":
             stage.probe = stage.mover.probe(value_mean())
         return stage.metric
@@ -275,15 +276,16 @@ class Sweep:
                 v = batch.gradient_values(stage.player)
             rows, cols = trace.rows_and_cols(batch.signal_own(v), 1.0)
             rows_seen += rows.shape[0] * rows.shape[1]
-            a = _second_moment(rows.to(trace.dtype))
-            b = _second_moment(cols.to(trace.dtype))
+            a = trace.layer.second_moment(rows.to(trace.dtype))
+            b = trace.layer.second_moment(cols.to(trace.dtype))
             a_sum = a if a_sum is None else a_sum + a
             b_sum = b if b_sum is None else b_sum + b
         assert a_sum is not None and b_sum is not None
         seen = a_sum.new_tensor([rows_seen])
         if self.total is not None:
             a_sum, b_sum, seen = self.total((a_sum, b_sum, seen))
-        return a_sum / seen, b_sum / self.samples
+        networks = stage.player.layer.networks
+        return a_sum / (seen / networks), b_sum / (self.samples / networks)
 
     def forward(self) -> None:
         """Lines 14 to 18 of Algorithm 3 in linear form: moves, first player to last."""
@@ -374,9 +376,3 @@ def _no_mean() -> Params:
 
 def _no_factors() -> tuple[Tensor, Tensor]:
     raise AssertionError("M = I asks for no factors")
-
-
-def _second_moment(x: Tensor) -> Tensor:
-    """Sum of outer products of (B, L, groups, n) over B and L: (groups, n, n)."""
-    flat = x.reshape(-1, *x.shape[2:]).transpose(0, 1)
-    return flat.transpose(1, 2) @ flat

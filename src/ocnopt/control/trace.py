@@ -9,6 +9,7 @@ from ocnopt.control.passes import Use
 from ocnopt.control.players import Player
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params, add_all
+from ocnopt.layers.linear import LinearLayer
 
 __all__ = ["Trace", "outer_norms"]
 
@@ -61,7 +62,7 @@ class Trace:
             len(uses) == 1
             and self.folds[0] == 1
             and self.features[0].dim() == 2
-            and layer.kind == "Linear"
+            and isinstance(layer, LinearLayer)
         )
         if len(uses) > 1 or layer.prefers_samples(self.features[0], self.columns[0][0]):
             self._form_gradients()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ocnopt.control.chain import Link
 from ocnopt.errors import GraphError
+from ocnopt.layers.linear import LinearLayer
 
 __all__ = ["Diagonal", "Matrix", "Same", "Transport", "bend", "layer_jacobian", "state_jacobian"]
 
@@ -127,7 +128,7 @@ class Same(Transport):
 
 
 class Matrix(Transport):
-    """J of shape (B, n', n), or (n', n) where it is the same for every sample."""
+    """J of shape (G, n', n), one for every B / G consecutive samples; (n', n) is one for all."""
 
     def __init__(self, j: Tensor) -> None:
         self.j = j
@@ -136,17 +137,25 @@ class Matrix(Transport):
         """``J^T v``."""
         if self.j.dim() == 2:
             return v @ self.j
-        return (v.unsqueeze(1) @ self.j).squeeze(1)
+        return self._grouped(v, self.j)
 
     def pull_columns(self, k: Tensor) -> Tensor:
         """``k J``."""
-        return k @ self.j
+        if self.j.dim() == 2 or self.j.shape[0] == k.shape[0]:
+            return k @ self.j
+        pulled: Tensor = self._grouped(k.flatten(0, 1), self.j).unflatten(0, k.shape[:2])
+        return pulled
 
     def push(self, dx: Tensor) -> Tensor:
         """``J dx``."""
         if self.j.dim() == 2:
             return dx @ self.j.t()
-        return (self.j @ dx.unsqueeze(-1)).squeeze(-1)
+        return self._grouped(dx, self.j.mT)
+
+    def _grouped(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Rows times their samples' matrix."""
+        grouped: Tensor = rows.unflatten(0, (matrices.shape[0], -1)) @ matrices
+        return grouped.flatten(0, 1)
 
 
 def state_jacobian(link: Link, samples: int, dtype: torch.dtype) -> Transport:
@@ -175,7 +184,8 @@ def layer_jacobian(link: Link, samples: int, dtype: torch.dtype) -> Transport:
         GraphError: Samples depend on one another.
     """
     weight = link.player.module._parameters.get("weight")
-    if link.player.layer.kind == "Linear" and link.x.dim() == 2 and link.x.shape[0] == samples:
+    linear = isinstance(link.player.layer, LinearLayer)
+    if linear and link.x.dim() == 2 and link.x.shape[0] == samples:
         assert weight is not None
         return Matrix(weight.detach().to(dtype))
     with torch.enable_grad():

@@ -100,9 +100,11 @@ class Diagonal(Metric):
         """``sum_oj p_o p'_o a_j^2 / m_oj``."""
         spread: Tensor | float = 0.0
         if layer.has_weight:
-            spread = (a.square() @ self.scales[0].reciprocal().t()).mul_(self.rates[0])
+            inverse = self.scales[0].reciprocal()
+            spread = layer.times(a.square(), inverse.view(layer.networks, -1, a.shape[-1]).mT)
+            spread = spread.mul_(self.rates[0])
         if layer.has_bias:
-            spread = spread + self.rates[-1] / self.scales[-1]
+            spread = spread + layer.each(self.rates[-1] / self.scales[-1], a.shape[0])
         return gram_of(columns, columns * spread)
 
 
@@ -129,17 +131,19 @@ class Kronecker(Metric):
         return self.layer.from_matrix(work.to(matrix.dtype))
 
     def solve_factors(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        """One group only, which is what a linear layer has."""
+        """One group, or one per stacked network: what a linear layer has."""
         dtype = self.a_inverse.dtype
         return (
-            (rows.to(dtype) @ self.a_inverse[0]).to(rows.dtype),
-            (cols.to(dtype) @ self.b_inverse[0]).to(cols.dtype),
+            self.layer.times(rows.to(dtype), self.a_inverse).to(rows.dtype),
+            self.layer.times(cols.to(dtype), self.b_inverse).to(cols.dtype),
         )
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """``(a^T A^-1 a) (p^T B^-1 p')``."""
         rows = layer.homogeneous(a)
-        rows_m, columns_m = self.solve_factors(rows, columns)
+        rows_m = layer.times(rows.to(self.a_inverse.dtype), self.a_inverse).to(rows.dtype)
+        columns_m = _each_column(layer, columns.to(self.b_inverse.dtype), self.b_inverse)
+        columns_m = columns_m.to(columns.dtype)
         size = (rows * rows_m).sum(-1).mul_(self.rates[0])
         return gram_of(columns, columns_m) * size[:, None, None]
 
@@ -198,10 +202,17 @@ class Eigen(Metric):
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """The diagonal's formula, on rotated factors."""
         dtype = self.basis_a.dtype
-        rows = layer.homogeneous(a).to(dtype) @ self.basis_a[0]
-        turned = columns.to(dtype) @ self.basis_b[0]
-        spread = (rows.square() @ self.scales[0].reciprocal().t()).mul_(self.rates[0])
+        rows = layer.times(layer.homogeneous(a).to(dtype), self.basis_a)
+        turned = _each_column(layer, columns.to(dtype), self.basis_b)
+        spread = layer.times(rows.square(), self.scales.reciprocal().mT).mul_(self.rates[0])
         return gram_of(turned, turned * spread).to(columns.dtype)
+
+
+def _each_column(layer: LinearLayer, columns: Tensor, matrices: Tensor) -> Tensor:
+    """Columns (r, B, n) times the matrix of their samples' group (groups, n, k): (r, B, k)."""
+    if layer.networks == 1:
+        return columns @ matrices[0]
+    return torch.stack([layer.times(column, matrices) for column in columns])
 
 
 def gram_of(left: Tensor, right: Tensor) -> Tensor:

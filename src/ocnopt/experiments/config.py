@@ -15,17 +15,21 @@ from ocnopt.experiments.problems import (
     PROBLEMS,
     Activation,
     DatasetName,
+    Head,
     NetworkName,
     OptimizerName,
+    Problem,
 )
 
 DEFAULT_EPOCHS = 10
+# What a data set that is not one of ours starts from.
+_OWN = Problem(batch_size=32, widths=(32, 32, 32, 32), activation="relu")
 
 # Settings that say where, for how long and how watchfully a run goes, not what it computes: these
 # may differ when a run is resumed.
 _FREE_ON_RESUME = frozenset(
     {"epochs", "steps", "output", "resume", "data_root", "device", "threads"}
-    | {"log_every", "checkpoint_every"}
+    | {"log_every", "checkpoint_every", "curve"}
 )
 # Settings that say how a command was called; they are not kept with the run.
 _NOT_KEPT = frozenset({"output", "resume"})
@@ -36,13 +40,22 @@ class TrainConfig:
     """One training run. None means the default of the data set or optimizer.
 
     Attributes:
-        dataset: Data set to train on.
-        network: Network recipe, `fcn` or `cnn`.
-        optimizer: Optimizer by its command-line name.
+        dataset: Data set to train on: a name, or `module:function` that returns a
+            :class:`~ocnopt.experiments.datasets.Data` or the tensors or arrays (train_x, train_y,
+            test_x, test_y).
+        network: Network recipe, `fcn` or `cnn`, or `module:function` that is called with
+            (shape, classes), or with nothing if it takes nothing, and returns an `nn.Module`.
+        optimizer: Optimizer by its command-line name, or `package.module:Class`.
         lr: Learning rate, positive.
         options: Keyword options of the optimizer's class.
         widths: Hidden widths of `fcn`.
         activation: Non-linearity of `fcn`.
+        head: What `fcn` applies to its last layer's output.
+        channels: Channels of `cnn`.
+        hidden: Width between the two linear layers of `cnn`.
+        pools: Convolutions of `cnn`, two out of 1 to 4, that a max-pool follows.
+        validation: Share of the training set that is kept apart, always the same one, and tested
+            on in place of the test set, as tuning needs it; in [0, 1).
         batch_size: Samples per step; an epoch's last incomplete batch is dropped.
         epochs: Passes over the training set.
         steps: Optimizer steps. The run ends at whichever of `epochs` and `steps` comes first.
@@ -54,19 +67,25 @@ class TrainConfig:
         threads: Threads that torch may use. None: one for `fcn`, whose products are too small to
             be shared and suffer badly where cores are busy; torch's own setting for `cnn`.
         log_every: Steps from one logged row to the next; epoch ends are logged too.
+        curve: Whether a grid keeps this run's loss and accuracy over time.
         checkpoint_every: Steps from one checkpoint to the next; epoch ends are kept too.
 
     Raises:
         InputError: If a value is out of its range, or two do not go together.
     """
 
-    dataset: DatasetName = "digits"
-    network: NetworkName = "fcn"
-    optimizer: OptimizerName = "ddpnopt"
+    dataset: DatasetName | str = "digits"
+    network: NetworkName | str = "fcn"
+    optimizer: OptimizerName | str = "ddpnopt"
     lr: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     widths: tuple[int, ...] | None = None
     activation: Activation | None = None
+    head: Head | None = None
+    channels: int | None = None
+    hidden: int | None = None
+    pools: tuple[int, int] | None = None
+    validation: float = 0.0
     batch_size: int | None = None
     epochs: int | None = None
     steps: int | None = None
@@ -78,19 +97,26 @@ class TrainConfig:
     threads: int | None = None
     log_every: int = 50
     checkpoint_every: int | None = None
+    curve: bool = False
 
     def __post_init__(self) -> None:
         """Check every value, so that a bad one fails here and not in the middle of a run."""
-        for name, kind in (
-            ("dataset", DatasetName),
-            ("network", NetworkName),
-            ("optimizer", OptimizerName),
-            ("activation", Activation),
+        for name, kind, own in (
+            ("dataset", DatasetName, "module:function"),
+            ("network", NetworkName, "module:function"),
+            ("optimizer", OptimizerName, "package.module:Class"),
+            ("activation", Activation, ""),
+            ("head", Head, ""),
         ):
             value, choices = getattr(self, name), get_args(kind)
-            if value not in choices and not (name == "activation" and value is None):
-                raise InputError(f"{name} {value!r} is not known; choose from {', '.join(choices)}")
-        for name in ("batch_size", "epochs", "steps", "threads", "log_every", "checkpoint_every"):
+            fits = value in choices or (value is None and not own) or (own and ":" in value)
+            if not fits:
+                more = f", or give your own as {own}" if own else ""
+                raise InputError(
+                    f"{name} {value!r} is not known; choose from {', '.join(choices)}{more}"
+                )
+        whole = ("batch_size", "epochs", "steps", "threads", "log_every", "checkpoint_every")
+        for name in (*whole, "channels", "hidden"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
@@ -101,25 +127,43 @@ class TrainConfig:
             raise InputError(f"seed must be between 0 and {2**32 - 1}, not {self.seed}")
         if self.widths is not None and (not self.widths or min(self.widths) < 1):
             raise InputError(f"widths must be one or more positive numbers, not {self.widths}")
-        if self.network == "cnn":
-            if self.dataset == "wine":
-                raise InputError("network cnn needs images and wine has none; use --network fcn")
-            if self.widths is not None or self.activation is not None:
-                raise InputError("widths and activation belong to --network fcn; cnn has neither")
+        if not 0 <= self.validation < 1:
+            raise InputError(f"validation must be a share in [0, 1), not {self.validation}")
+        if self.network == "cnn" and self.dataset in ("wine", "clusters"):
+            raise InputError(
+                f"network cnn needs images and {self.dataset} has none; use --network fcn"
+            )
+        belong = {"fcn": ("widths", "activation", "head"), "cnn": ("channels", "hidden", "pools")}
+        for network, names in belong.items():
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and self.network != network:
+                raise InputError(
+                    f"{' and '.join(given)} belong{'s' if len(given) == 1 else ''} to --network "
+                    f"{network}, not to {self.network}"
+                )
+        pools = self.pools
+        if pools is not None and not (len(pools) == 2 and 1 <= pools[0] < pools[1] <= 4):
+            raise InputError(f"pools must be two of 1 to 4, in order, not {self.pools}")
+        if ":" in self.optimizer and self.lr is None:
+            raise InputError(f"optimizer {self.optimizer} needs a learning rate; give it with --lr")
         if self.resume and self.output is None:
             raise InputError("resume needs the run's folder; give it with --output")
 
     def resolved(self) -> TrainConfig:
         """Return the same run with every default filled in."""
-        problem = PROBLEMS[self.dataset]
-        fcn = self.network == "fcn"
+        problem = PROBLEMS.get(self.dataset, _OWN)  # type: ignore[call-overload]
+        fcn, cnn = self.network == "fcn", self.network == "cnn"
         no_end = self.epochs is None and self.steps is None
         return replace(
             self,
-            lr=LEARNING_RATES[self.optimizer] if self.lr is None else self.lr,
+            lr=LEARNING_RATES[self.optimizer] if self.lr is None else self.lr,  # type: ignore[index]
             options=dict(self.options),
             widths=(self.widths or problem.widths) if fcn else None,
             activation=(self.activation or problem.activation) if fcn else None,
+            head=(self.head or "identity") if fcn else None,
+            channels=(self.channels or 32) if cnn else None,
+            hidden=(self.hidden or 128) if cnn else None,
+            pools=(self.pools or (2, 4)) if cnn else None,
             batch_size=self.batch_size or problem.batch_size,
             epochs=DEFAULT_EPOCHS if no_end else self.epochs,
             threads=1 if fcn and self.threads is None else self.threads,
@@ -162,8 +206,9 @@ def from_json(kept: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise InputError(f"config.json holds settings that do not exist: {', '.join(unknown)}")
     arguments = dict(kept)
-    if arguments.get("widths") is not None:
-        arguments["widths"] = tuple(arguments["widths"])
+    for name in ("widths", "pools"):
+        if arguments.get(name) is not None:
+            arguments[name] = tuple(arguments[name])
     if arguments.get("data_root") is not None:
         arguments["data_root"] = Path(arguments["data_root"])
     return arguments

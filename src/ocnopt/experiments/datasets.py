@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocnopt.experiments.data.cifar import read_batches
+from ocnopt.experiments.data.clusters import SPREAD, gaussian_clusters
+from ocnopt.experiments.data.damage import damaged
+from ocnopt.experiments.data.idx import read_images
+from ocnopt.experiments.data.locate import find_files
+from ocnopt.experiments.data.sets import SETS
+from ocnopt.experiments.data.svhn import read_mat
 from ocnopt.experiments.errors import InputError
-from ocnopt.experiments.idx import read_idx
 from ocnopt.experiments.problems import DatasetName
 
-DATA_VARIABLE = "OCNOPT_DATA"
 _SPLIT_SEED = 0  # one fixed split: seeds vary the training, never the task
 
 
@@ -53,39 +57,66 @@ class Data:
 
 
 def load(name: DatasetName, root: Path | None = None) -> Data:
-    """Load a data set by name.
+    """Load a data set by name; nothing is ever downloaded here.
 
     Args:
         name: `digits` and `wine` come with scikit-learn (a stratified 80/20 split, always the
-            same); `mnist` and `fashion-mnist` are read from files and keep their own test sets.
-        root: Folder that holds `mnist/` or `fashion-mnist/`; None takes the environment variable
-            OCNOPT_DATA.
+            same); `clusters` are generated; `mnist`, `fashion-mnist`, `cifar-10` and `svhn` are
+            read from files and keep their own test sets.
+        root: Folder that holds `mnist/` and so on; None takes the environment variable
+            OCNOPT_DATA, else a folder in the user's cache.
 
     Returns:
-        The data on the CPU. Wine is standardized per feature; images as a whole, by one mean and
-        one deviation, so that a pixel that never varies stays harmless. Both by the statistics of
-        the training set alone.
+        The data on the CPU, standardized by the statistics of the training set alone. Wine and
+        clusters have a mean and a deviation per feature; grey images one of each as a whole, so
+        that a pixel that never varies stays harmless; colour images one per channel.
 
     Raises:
-        InputError: If files are missing or damaged, or scikit-learn is not installed.
+        InputError: If files are missing (it says how to get them) or damaged, or scikit-learn is
+            needed and not installed.
     """
     if name == "digits":
         return _digits()
     if name == "wine":
         return _wine()
-    return _idx_images(name, root)
+    if name == "clusters":
+        return _clusters()
+    if name not in SETS:
+        raise InputError(f"there is no data set {name!r}; choose from {', '.join(SETS)}")
+    data_set = SETS[name]
+    files = find_files(data_set, root)
+    if name == "cifar-10":
+        train, test = read_batches(files[:-1]), read_batches(files[-1:])
+    elif name == "svhn":
+        train, test = read_mat(files[0]), read_mat(files[1])
+    else:
+        train = read_images(files[0], files[1], data_set.classes)
+        test = read_images(files[2], files[3], data_set.classes)
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise damaged(files[0].parent, "has training and test images of two sizes")
+    dims = (0, 2, 3) if train[0].shape[1] > 1 else (0, 1, 2, 3)
+    (train_x, train_y), (test_x, test_y) = _scaled(train), _scaled(test)
+    return _standardized(name, train_x, train_y, test_x, test_y, dims, data_set.classes)
 
 
 def _digits() -> Data:
     bunch = _sklearn("load_digits")
     pixels = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
-    return _split(pixels, torch.from_numpy(bunch.target).long(), per_feature=False)
+    return _split("digits", pixels, torch.from_numpy(bunch.target).long(), dims=(0, 1, 2, 3))
 
 
 def _wine() -> Data:
     bunch = _sklearn("load_wine")
     features = torch.from_numpy(bunch.data).float()
-    return _split(features, torch.from_numpy(bunch.target).long(), per_feature=True)
+    return _split("wine", features, torch.from_numpy(bunch.target).long(), dims=(0,))
+
+
+def _clusters() -> Data:
+    facts = SETS["clusters"]
+    x, y = gaussian_clusters(facts.classes, SPREAD, _SPLIT_SEED)
+    train = slice(facts.train)
+    test = slice(facts.train, facts.train + facts.test)
+    return _standardized("clusters", x[train], y[train], x[test], y[test], (0,), facts.classes)
 
 
 def _sklearn(loader: str) -> Any:
@@ -98,61 +129,35 @@ def _sklearn(loader: str) -> Any:
     return getattr(datasets, loader)()
 
 
-def _split(x: Tensor, y: Tensor, *, per_feature: bool) -> Data:
+def _split(name: DatasetName, x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Data:
     from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(
         range(len(y)), test_size=0.2, stratify=y.numpy(), random_state=_SPLIT_SEED
     )
-    return _standardized(x[train], y[train], x[test], y[test], per_feature=per_feature)
+    classes = SETS[name].classes
+    return _standardized(name, x[train], y[train], x[test], y[test], dims, classes)
 
 
-def _idx_images(name: str, root: Path | None) -> Data:
-    if root is None:
-        variable = os.environ.get(DATA_VARIABLE)
-        if not variable:
-            raise InputError(
-                f"{name} is read from files; say where with --data-root FOLDER or {DATA_VARIABLE}"
-                f" (the folder that holds {name}/)"
-            )
-        root = Path(variable)
-    folder = root / name
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}; --data-root must be the folder that holds {name}/")
-    parts: list[Tensor] = []
-    for part in ("train", "t10k"):
-        images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", dims=3)
-        labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", dims=1)
-        if len(images) != len(labels) or not len(labels):
-            raise InputError(
-                f"{folder} has {len(images)} {part} images and {len(labels)} labels; fetch it again"
-            )
-        if int(labels.max()) > 9:
-            raise InputError(f"{folder} has a {part} label above 9; fetch it again")
-        parts += [images.unsqueeze(1).float() / 255, labels.long()]
-    train_x, train_y, test_x, test_y = parts
-    if train_x.shape[1:] != test_x.shape[1:]:
-        raise InputError(f"{folder} has training and test images of two sizes; fetch it again")
-    return _standardized(train_x, train_y, test_x, test_y, per_feature=False, classes=10)
+def _scaled(images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    pixels, labels = images
+    return pixels.float().div_(255), labels
 
 
 def _standardized(
+    name: DatasetName,
     train_x: Tensor,
     train_y: Tensor,
     test_x: Tensor,
     test_y: Tensor,
-    *,
-    per_feature: bool,
-    classes: int | None = None,
+    dims: tuple[int, ...],
+    classes: int,
 ) -> Data:
-    mean = train_x.mean(0) if per_feature else train_x.mean()
-    deviation = train_x.std(0) if per_feature else train_x.std()
+    """Subtract mean and divide by deviation over `dims`, in place: colour images are large."""
+    mean = train_x.mean(dims, keepdim=True)
+    deviation = train_x.std(dims, keepdim=True)
     if not bool((deviation > 0).all()):
-        raise InputError("the training inputs do not vary; the data cannot be standardized")
-    return Data(
-        train_x=(train_x - mean) / deviation,
-        train_y=train_y,
-        test_x=(test_x - mean) / deviation,
-        test_y=test_y,
-        classes=int(train_y.max()) + 1 if classes is None else classes,
-    )
+        raise InputError(f"the training inputs of {name} do not vary; fetch it again")
+    for x in (train_x, test_x):
+        x.sub_(mean).div_(deviation)
+    return Data(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=classes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ocnopt.experiments.errors import InputError
-from ocnopt.experiments.problems import Activation
+from ocnopt.experiments.problems import Activation, Head
 
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -24,23 +24,27 @@ class FCN:
     Attributes:
         widths: Hidden widths, first to last.
         activation: Non-linearity after every layer but the last.
+        head: What is applied to the last layer's output.
     """
 
     widths: tuple[int, ...] = (32, 32, 32, 16)
     activation: Activation = "tanh"
+    head: Head = "identity"
 
 
 @dataclass(frozen=True)
 class CNN:
-    """Four 3x3 convolutions, a 2x2 max-pool after the second and fourth, two linear layers.
+    """Four 3x3 convolutions with two 2x2 max-pools among them, two linear layers.
 
     Attributes:
         channels: Channels of every convolution.
         hidden: Width between the two linear layers.
+        pools: Convolutions, counted from 1, that a max-pool follows.
     """
 
     channels: int = 32
     hidden: int = 128
+    pools: tuple[int, int] = (2, 4)
 
 
 def fcn(recipe: FCN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
@@ -49,7 +53,7 @@ def fcn(recipe: FCN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
     Args:
         recipe: What to build.
         shape: Shape of one input; flattened.
-        classes: Number of outputs (logits).
+        classes: Number of outputs: logits, or their sigmoid.
 
     Returns:
         A network from (batch, *shape) to (batch, classes).
@@ -59,7 +63,10 @@ def fcn(recipe: FCN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
     for width in recipe.widths:
         layers += [nn.Linear(inputs, width), _ACTIVATIONS[recipe.activation]()]
         inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+    layers.append(nn.Linear(inputs, classes))
+    if recipe.head == "sigmoid":
+        layers.append(nn.Sigmoid())
+    return nn.Sequential(*layers)
 
 
 def cnn(recipe: CNN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
@@ -82,7 +89,7 @@ def cnn(recipe: CNN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number in (1, 2, 3, 4):
         layers += [nn.Conv2d(inputs, recipe.channels, 3, padding=1), nn.ReLU()]
-        if number % 2 == 0:
+        if number in recipe.pools:
             layers.append(nn.MaxPool2d(2))
         inputs = recipe.channels
     features = recipe.channels * (height // 4) * (width // 4)

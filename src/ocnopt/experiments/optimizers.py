@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ocnopt.experiments.errors import InputError
+from ocnopt.experiments.own import find
 from ocnopt.experiments.problems import OptimizerName
 
 # What the training run itself provides.
@@ -17,7 +18,7 @@ _PROVIDED = frozenset({"self", "model", "criterion", "params", "lr"})
 
 
 def build(
-    name: OptimizerName,
+    name: OptimizerName | str,
     model: nn.Module,
     criterion: nn.Module,
     lr: float,
@@ -26,7 +27,7 @@ def build(
     """Build an optimizer.
 
     Args:
-        name: Its command-line name.
+        name: Its command-line name, or `package.module:Class`.
         model: The model to train.
         criterion: The loss that the training loop calls.
         lr: Learning rate.
@@ -36,19 +37,17 @@ def build(
         The optimizer, ready for the ordinary loop.
 
     Raises:
-        InputError: If the class has no such option, or refuses a value.
+        InputError: If the class has no such option, refuses a value, or cannot be used in a run.
     """
     kind = _class(name)
     valid = valid_options(kind)
     for option in options:
         if option not in valid:
             raise InputError(f"{name} has no option {option!r}; its options are {', '.join(valid)}")
-    if name == "ddpnopt":
-        arguments: tuple[Any, ...] = (model, criterion)
-    elif kind.__module__.startswith("torch."):
-        arguments = (model.parameters(),)
-    else:
-        arguments = (model,)
+    first = list(inspect.signature(kind).parameters)[:2]
+    arguments: tuple[Any, ...] = (model.parameters(),)
+    if first[:1] == ["model"]:
+        arguments = (model, criterion) if "criterion" in first else (model,)
     try:
         return kind(*arguments, lr=lr, **options)
     except (TypeError, ValueError) as error:
@@ -62,7 +61,14 @@ def valid_options(kind: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.name not in _PROVIDED and p.kind not in variadic]
 
 
-def _class(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
+def runs_batches(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step takes the batch itself, as in `loss = optimizer.step(x, y)`."""
+    from ocnopt.optim.batchwise import BatchOptimizer
+
+    return isinstance(optimizer, BatchOptimizer)
+
+
+def _class(name: OptimizerName | str) -> Callable[..., torch.optim.Optimizer]:
     # Looked up only when asked for: a plain run of torch's own needs nothing of the library.
     if name == "sgd":
         return torch.optim.SGD
@@ -76,5 +82,15 @@ def _class(name: OptimizerName) -> Callable[..., torch.optim.Optimizer]:
         "ddpnopt": ocnopt.DDPNOpt,
         "kfac": ocnopt.KFAC,
         "ekfac": ocnopt.EKFAC,
+        "vanilla-ddp": ocnopt.VanillaDDP,
+        "emsa": ocnopt.EMSA,
     }
-    return kinds[name]
+    if ":" not in name:
+        return kinds[name]
+    kind: Callable[..., torch.optim.Optimizer] = find(name, "optimizer")
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise InputError(f"optimizer {name} is no torch.optim.Optimizer")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(f"optimizer {name} needs a closure in its step; a run gives it none")
+    return kind

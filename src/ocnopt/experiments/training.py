@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import NonFiniteError
-from ocnopt.experiments import datasets, networks, optimizers
+from ocnopt.experiments import optimizers
 from ocnopt.experiments.config import TrainConfig
-from ocnopt.experiments.datasets import Data
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.order import DataOrder
 from ocnopt.experiments.runfolder import RunFolder
+from ocnopt.experiments.setup import build_network, correct, load_data, total_steps
 
 _EVALUATION_BATCH = 1000
 
@@ -107,7 +107,7 @@ def train(config: TrainConfig, watcher: Watcher | None = None) -> TrainResult:
     device = _device(config.device)
     cuda = [device] if device.type == "cuda" else []
     forked = torch.random.fork_rng(devices=cuda)
-    with _threads(config.threads), forked:
+    with threads(config.threads), forked:
         return _Run(config, device).finish(watcher or Watcher())
 
 
@@ -118,21 +118,16 @@ class _Run:
         assert config.batch_size is not None and config.lr is not None  # resolved
         self.config = config
         self.device = device
-        self.data = datasets.load(config.dataset, config.data_root).to(device)
+        self.data = load_data(config).to(device)
         samples = len(self.data.train_y)
-        if config.batch_size > samples:
-            raise InputError(
-                f"batch-size {config.batch_size} is more than the {samples} training samples of"
-                f" {config.dataset}; choose a smaller one"
-            )
         torch.manual_seed(config.seed)
-        self.model = _network(config, self.data).to(device)
+        self.model = build_network(config, self.data).to(device)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = optimizers.build(
             config.optimizer, self.model, self.criterion, config.lr, config.options
         )
         self.order = DataOrder(samples, config.batch_size, config.seed, device)
-        self.total = _total_steps(config, self.order.steps_per_epoch)
+        self.total = total_steps(config, self.order.steps_per_epoch)
         # Losses stay on the device until a row is logged: reading one waits for the device.
         self.history = torch.full((self.total,), float("nan"), device=device)
         self.step = 0
@@ -162,16 +157,23 @@ class _Run:
         x, y, per_epoch = self.data.train_x, self.data.train_y, self.order.steps_per_epoch
         model, criterion, optimizer = self.model, self.criterion, self.optimizer
         log_every, keep_every = self.config.log_every, self.config.checkpoint_every
+        batchwise = optimizers.runs_batches(optimizer)
+        step: Any = optimizer.step
         model.train()
         started = time.perf_counter()
         while self.step < self.total:
             index = self.order.batch(self.step)
-            optimizer.zero_grad()
-            loss = criterion(model(x[index]), y[index])
-            self.history[self.step] = loss.detach()
             try:
-                loss.backward()
-                optimizer.step()
+                if batchwise:  # the optimizer runs the batch itself
+                    loss = step(x[index], y[index])
+                    assert isinstance(loss, Tensor)
+                    self.history[self.step] = loss.detach()
+                else:
+                    optimizer.zero_grad()
+                    loss = criterion(model(x[index]), y[index])
+                    self.history[self.step] = loss.detach()
+                    loss.backward()
+                    step()
             except NonFiniteError:
                 self.diverged = self.step + 1
                 self.seconds += time.perf_counter() - started
@@ -188,7 +190,7 @@ class _Run:
                 if not self._finite():
                     return
                 if log:
-                    self._log(watcher, evaluate=ends)
+                    self._log(watcher, evaluate=ends or self.config.curve)
                 if keep and self.folder is not None:
                     self.folder.save(self._state())
                 started = time.perf_counter()
@@ -235,8 +237,7 @@ class _Run:
         with torch.no_grad():
             for start in range(0, len(y), _EVALUATION_BATCH):
                 part = slice(start, start + _EVALUATION_BATCH)
-                outputs = self.model(x[part])
-                right += ((outputs.argmax(1) == y[part]) & torch.isfinite(outputs).all(1)).sum()
+                right += correct(self.model(x[part]), y[part]).sum()
         self.model.train()
         return int(right) / len(y)
 
@@ -309,23 +310,6 @@ class _Run:
             torch.cuda.synchronize(self.device)
 
 
-def _network(config: TrainConfig, data: Data) -> nn.Module:
-    if config.network == "cnn":
-        return networks.cnn(networks.CNN(), data.shape, data.classes)
-    assert config.widths is not None and config.activation is not None  # resolved
-    recipe = networks.FCN(widths=config.widths, activation=config.activation)
-    return networks.fcn(recipe, data.shape, data.classes)
-
-
-def _total_steps(config: TrainConfig, per_epoch: int) -> int:
-    ends = []
-    if config.steps is not None:
-        ends.append(config.steps)
-    if config.epochs is not None:
-        ends.append(config.epochs * per_epoch)
-    return min(ends)
-
-
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -340,7 +324,8 @@ def _device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads(number: int | None) -> Iterator[None]:
+    """Let torch use so many threads within the block; None for as many as before."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -14,11 +14,13 @@ from ocnopt.layers.norm import (
     LayerNormLayer,
     RMSNormLayer,
 )
+from ocnopt.layers.stacked import StackedLinear, StackedLinearLayer
 
-__all__ = ["KINDS", "Layer", "MatrixLayer", "Params", "kind_of"]
+__all__ = ["KINDS", "Layer", "MatrixLayer", "Params", "StackedLinear", "kind_of"]
 
 KINDS: dict[type[nn.Module], type[Layer]] = {
     nn.Linear: LinearLayer,
+    StackedLinear: StackedLinearLayer,
     nn.Conv1d: ConvLayer,
     nn.Conv2d: ConvLayer,
     nn.Conv3d: ConvLayer,

@@ -51,6 +51,8 @@ class Layer(ABC):
     kind: ClassVar[str]
     #: Whether Kronecker factors are defined for this kind.
     kronecker: ClassVar[bool] = False
+    #: Networks that the module stacks; a sample passes through one of them alone.
+    networks: int = 1
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         self.names = names
@@ -126,7 +128,7 @@ class Layer(ABC):
             return tuple(stacked)
         return tuple(p.reshape(p.shape[0] // fold, fold, *p.shape[1:]).sum(1) for p in stacked)
 
-    # Kronecker structure; kinds with ``kronecker = True`` override all four.
+    # Kronecker structure; kinds with ``kronecker = True`` override them all.
 
     def rows(self, a: Tensor) -> Tensor:
         """Homogeneous inputs ``[a; 1]``, (B, L, groups, in)."""
@@ -142,6 +144,10 @@ class Layer(ABC):
 
     def from_matrix(self, matrix: Tensor) -> Params:
         """Inverse of :meth:`to_matrix`."""
+        raise TypeError(f"{self.kind} has no Kronecker factors")
+
+    def second_moment(self, x: Tensor) -> Tensor:
+        """Sum of outer products over samples and locations."""
         raise TypeError(f"{self.kind} has no Kronecker factors")
 
 
@@ -173,6 +179,11 @@ class MatrixLayer(Layer):
         if not self.has_weight:
             return (bias,)
         return matrix[..., :-1].reshape(*lead, *self.shapes[0]), bias
+
+    def second_moment(self, x: Tensor) -> Tensor:
+        """Sum of outer products of (B, L, groups, n) over B and L: (groups, n, n)."""
+        flat = x.reshape(-1, *x.shape[2:]).transpose(0, 1)
+        return flat.transpose(1, 2) @ flat
 
     def homogeneous(self, rows: Tensor) -> Tensor:
         """Append the constant one of ``[a; 1]`` as this player's parameters ask for it."""

@@ -96,6 +96,14 @@ class LinearLayer(MatrixLayer):
             return torch.einsum("rsblm,blm->brs", products, left) * metric.rates[0]
         return super().gram(a, columns, metric)
 
+    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Rows (B, n) times the matrix (1, n, k) of the group: (B, k)."""
+        return x @ matrices[0]
+
+    def each(self, values: Tensor, samples: int) -> Tensor:
+        """One value per output, (out,), as it meets rows of samples."""
+        return values
+
     def rows(self, a: Tensor) -> Tensor:
         """(B, L, 1, in [+ 1])."""
         return self.homogeneous(a.reshape(a.shape[0], -1, a.shape[-1])).unsqueeze(2)

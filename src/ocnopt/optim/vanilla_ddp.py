@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ocnopt.control.affine import AFFINE
 from ocnopt.control.chain import Chain, watch_chain
-from ocnopt.control.ddp import DDP, Gains
+from ocnopt.control.ddp import DDP, Passes, Policy
 from ocnopt.control.diagnostics import Diagnostics, Row
+from ocnopt.control.low_rank import LowRankDDP
 from ocnopt.control.passes import TerminalCall
 from ocnopt.control.players import Player, find_players
 from ocnopt.control.replay import capture_setting, guarded
@@ -44,9 +45,16 @@ class VanillaDDP(BatchOptimizer):
     """Differential dynamic programming as in control (Algorithm 1), on a whole batch.
 
     One step runs the batch forward, expands the Bellman objective of every layer to second order
-    with all terms of Eq. 3, makes the policies ``k_t + K_t dx_t`` (Eq. 4) with full matrices, and
-    runs forward under ``u_t + alpha k_t + K_t dx_t`` with the largest ``alpha = lr, lr/2, ...``
-    that lowers the cost. It is meant for small networks; ``DDPNOpt`` is for the others.
+    with all terms of Eq. 3, makes the policies ``k_t + K_t dx_t`` (Eq. 4) without approximating any
+    matrix, and runs forward under ``u_t + alpha k_t + K_t dx_t`` with the largest
+    ``alpha = lr, lr/2, ...`` that lowers the cost. It is meant for small networks; ``DDPNOpt`` is
+    for the others.
+
+    With ``dynamics_order=1``, no ``state_reg`` and positive damping or weight decay every Q_uu is
+    a diagonal plus a matrix of at most the rank r of the criterion's Hessian for every sample. Of
+    a batch of B, linear systems then have the smaller of B r and the layer's parameters as their
+    side, whatever the layer's width. Otherwise Q_uu is formed and factorized, which takes the
+    square and the cube of the layer's number of parameters.
 
     The cost is the criterion's value plus ``weight_decay / 2 |u|^2``. Damping is raised tenfold
     where some Q_uu is not positive definite (the backward pass starts again), and for the next step
@@ -176,17 +184,22 @@ class VanillaDDP(BatchOptimizer):
         dtype = to_float(chain.output.dtype)
         with torch.autocast(chain.output.device.type, enabled=False):
             share = 1 / samples if self.batch == "share" else 1.0
-            ddp = DDP(chain, decays, samples, dtype, share, self.dynamics_order)
+            ddp: Passes
+            if self._low_rank(decays):
+                ddp = LowRankDDP(chain, decays, samples, dtype, share)
+            else:
+                order = self.dynamics_order
+                ddp = DDP(chain, decays, samples, dtype, share, order, self.state_reg)
             call = TerminalCall(chain.output, targets, {}, loss)
             v, k = self.terminal.expansion(call, samples, positive=self.dynamics_order == 1)
             # The sample's own cost, of which the loss is the mean.
             v, k = v.to(dtype) * samples, k.to(dtype) * samples
             damping, failures = self.damping, 0
-            policies = ddp.backward(v, k, damping, self.state_reg)
+            policies = ddp.backward(v, k, damping)
             while policies is None and failures < RAISES:
                 failures += 1
                 damping = max(damping * RAISE, LEAST)
-                policies = ddp.backward(v, k, damping, self.state_reg)
+                policies = ddp.backward(v, k, damping)
         row = Row(damping=damping, failures=self._failures + failures)
         if policies is not None:
             row = self._search(ddp, policies, decays, targets, loss, row)
@@ -198,10 +211,17 @@ class VanillaDDP(BatchOptimizer):
         self.state[self._first] = {"damping": damping, "failures": row.failures}
         self._diagnostics = Diagnostics(row)
 
+    def _low_rank(self, decays: dict[Player, Params]) -> bool:
+        """Whether every Q_uu is a positive diagonal plus a matrix of low rank."""
+        positive = self.damping > 0 or all(
+            bool((d > 0).all()) for params in decays.values() for d in params
+        )
+        return self.dynamics_order == 1 and self.state_reg == 0 and positive
+
     def _search(
         self,
-        ddp: DDP,
-        policies: list[Gains | None],
+        ddp: Passes,
+        policies: Sequence[Policy | None],
         decays: dict[Player, Params],
         targets: tuple[Any, ...],
         loss: Tensor,

@@ -29,6 +29,10 @@ class Experiment(NamedTuple):
 _HERE = "ocnopt.experiments.reproduce"
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "figure3": Experiment(f"{_HERE}.figure3", "run", "time and memory of a step over batch sizes"),
+    "figure4": Experiment(
+        f"{_HERE}.feedback_grid", "figure4", "with and without feedback over a grid (DIGITS)"
+    ),
     "figure5": Experiment(
         f"{_HERE}.figure5", "run", "what feedback policies answer to, as images (MNIST files)"
     ),
@@ -38,9 +42,18 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figure8": Experiment(
         f"{_HERE}.figure8", "run", "the spectrum of a batch's policy on Gaussian clusters"
     ),
+    "figure9": Experiment(f"{_HERE}.feedback_grid", "figure9", "as figure4, for Adam"),
     "figure10": Experiment(
         f"{_HERE}.vanishing", "run", "as figure6, with cross-entropy, with ReLU"
     ),
     "figure11": Experiment(f"{_HERE}.vanishing", "run", "as figure6, adaptive diagonals"),
     "figure12": Experiment(f"{_HERE}.vanishing", "run", "as figure6, over learning rates"),
+    "table3": Experiment(
+        f"{_HERE}.table3", "run", "test accuracy of seven methods on the data sets at hand"
+    ),
+    "tables6-8": Experiment(
+        f"{_HERE}.feedback_grid", "tables6_8", "feedback at every baseline's best learning rate"
+    ),
+    "table9": Experiment(f"{_HERE}.feedback_grid", "table9", "training losses of figure4's grid"),
+    "table10": Experiment(f"{_HERE}.feedback_grid", "table10", "accuracies of figure4's grid"),
 }

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ocnopt.control.terminal import Criterion
 from ocnopt.experiments import networks
+from ocnopt.experiments.data.clusters import DIMENSION, SAMPLES, SPREAD, gaussian_clusters
 from ocnopt.experiments.figures.spectrum import (
     Spectra,
     count_above_bulk,
@@ -25,10 +26,8 @@ from ocnopt.experiments.reproduce.report import Report, Settings, Watcher, markd
 from ocnopt.losses import MMCLoss
 from ocnopt.optim import DDPNOpt
 
-__all__ = ["FULL", "QUICK", "Case", "Preset", "gaussian_clusters", "run", "watch_spectra"]
+__all__ = ["FULL", "QUICK", "Case", "Preset", "run", "watch_spectra"]
 
-DIMENSION = 30
-SAMPLES = 1500
 BATCH = 32
 WIDTHS = (24, 24, 24, 24)
 MANY = 20  # outputs, where there are more than clusters
@@ -52,7 +51,7 @@ class Case:
     loss: Loss
     lr: float
     outputs: int | None = None
-    spread: float = 2.0
+    spread: float = SPREAD
     drawn: bool = True
 
     @property
@@ -92,23 +91,6 @@ CASES = (
 )
 FULL = Preset(CASES, (5, 8, 12, 15), (1, 50, 100, 150, 250), 5)
 QUICK = Preset(CASES[:2], (5, 8, 12, 15), (1, 50, 100), 1)
-
-
-def gaussian_clusters(k: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Samples around k centers, with variance 1.
-
-    Args:
-        k: Number of clusters, equally large.
-        spread: Standard deviation of a center's coordinates.
-        seed: Seed of centers and samples.
-
-    Returns:
-        Inputs (SAMPLES, DIMENSION) and clusters (SAMPLES,), int64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    centers = spread * torch.randn(k, DIMENSION, generator=generator)
-    y = torch.arange(SAMPLES) % k
-    return centers[y] + torch.randn(SAMPLES, DIMENSION, generator=generator), y
 
 
 def watch_spectra(case: Case, k: int, seed: int, iterations: Sequence[int]) -> list[dict[str, Any]]:

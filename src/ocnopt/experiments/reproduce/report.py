@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ocnopt.experiments.watcher import Watcher
+
 __all__ = ["Report", "Settings", "Watcher", "markdown_table"]
 
 
@@ -20,6 +22,8 @@ class Settings:
         quick: Whether a small version will do, of less than a minute.
         seeds: Number of seeds; None for the version's own.
         data_root: Folder that holds mnist/ and fashion-mnist/; None takes the environment's.
+        cache: Folder in which grids of runs keep their results; None keeps none.
+        processes: Worker processes of a grid; None for one per core.
     """
 
     name: str
@@ -27,6 +31,8 @@ class Settings:
     quick: bool = False
     seeds: int | None = None
     data_root: Path | None = None
+    cache: Path | None = None
+    processes: int | None = None
 
     @property
     def picture(self) -> Path:
@@ -42,20 +48,6 @@ class Settings:
         if self.seeds is not None:
             words.append(f"--seeds {self.seeds}")
         return " ".join(words)
-
-
-class Watcher:
-    """Told how an experiment goes; does nothing."""
-
-    def start(self, total: int) -> None:
-        """Called once, with the number of parts."""
-
-    def advance(self, text: str = "") -> None:
-        """Called after every part.
-
-        Args:
-            text: What it was.
-        """
 
 
 @dataclass(frozen=True)

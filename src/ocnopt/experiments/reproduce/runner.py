@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -29,7 +30,9 @@ def require_known(name: str) -> None:
 
 
 def reproduce(settings: Settings, watcher: Watcher | None = None) -> Report:
-    """Run an experiment and write NAME.md, NAME.json and NAME.png, replacing older ones.
+    """Run an experiment and write NAME.md, .html, .json and .png, replacing older ones.
+
+    The HTML file is the page with its picture inside: one file to open or to send.
 
     Every run is on one thread, so that its sums are the same wherever it runs. The caller's random
     state and thread setting are left as they were.
@@ -47,8 +50,11 @@ def reproduce(settings: Settings, watcher: Watcher | None = None) -> Report:
     require_known(settings.name)
     if settings.seeds is not None and settings.seeds < 1:
         raise InputError(f"seeds must be at least 1, not {settings.seeds}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("pictures need matplotlib; pip install 'ocnopt[experiments]'")
+    for what, module in (("pictures", "matplotlib"), ("pages", "markdown_it")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{what} need {module}; pip install 'ocnopt[experiments]'")
+    from ocnopt.experiments.page import html_page
+
     experiment = EXPERIMENTS[settings.name]
     run: Callable[[Settings, Watcher], Report] = getattr(
         import_module(experiment.module), experiment.function
@@ -60,16 +66,20 @@ def reproduce(settings: Settings, watcher: Watcher | None = None) -> Report:
         with _apart():
             report = run(settings, watcher or Watcher())
         page = report.page.rstrip() + "\n"
-        write_atomically(
-            settings.output / f"{settings.name}.md", lambda file: file.write(page.encode())
-        )
-        text = _as_json(report)
-        write_atomically(
-            settings.output / f"{settings.name}.json", lambda file: file.write(text.encode())
-        )
+        texts = {
+            "md": page,
+            "html": html_page(page, settings.output),
+            "json": _as_json(report),
+        }
+        for kind, text in texts.items():
+            _write(settings.output / f"{settings.name}.{kind}", text)
     except OSError as error:
         raise InputError(f"cannot write to {settings.output}: {error.strerror or error}") from None
     return report
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _as_json(report: Report) -> str:

@@ -62,7 +62,7 @@ def print_report(console: Console, settings: Settings, report: Report) -> None:
         table.add_row(*row)
     console.print(table, highlight=False)
     console.print(report.sentence, highlight=False, markup=False)
-    names = ", ".join(f"{settings.name}.{kind}" for kind in ("md", "png", "json"))
+    names = ", ".join(f"{settings.name}.{kind}" for kind in ("html", "md", "png", "json"))
     console.print(
         f"written: {names} in {settings.output}", highlight=False, markup=False, soft_wrap=True
     )
