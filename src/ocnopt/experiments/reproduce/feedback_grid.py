@@ -232,7 +232,7 @@ def _report(
     cells: Cells,
     extra: Sequence[str],
 ) -> Report:
-    columns = ["", "learning rate", "baseline", *("",) * 0, "rank one", "V_xx regularized"]
+    columns = ["", "learning rate", "baseline", "rank one", "V_xx regularized"]
     table = []
     for pair in pairs:
         for i, lr in enumerate(pair.lrs):

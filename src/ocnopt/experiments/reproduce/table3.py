@@ -224,9 +224,8 @@ def _rows(settings: Settings) -> tuple[list[Row], list[Row]]:
         for row in wanted
         if missing_files(SETS[RECIPES[row.recipe]["dataset"]], settings.data_root)
     ]
-    if settings.quick:
-        wanted = [_less(row) for row in wanted]
-    return [row for row in wanted if row not in absent], absent
+    present = [row for row in wanted if row not in absent]
+    return [_less(row) for row in present] if settings.quick else present, absent
 
 
 def _less(row: Row) -> Row:
