@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types results clean
+.PHONY: help env demo test lint format types results papers benchmarks clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## make .venv with the package and its tools (again when pyproject.toml changes)
 
@@ -28,10 +28,15 @@ demo: $(STAMP) ## train SGD and DDPNOpt side by side on DIGITS (under two minute
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-# Folder that holds mnist/ and fashion-mnist/ as IDX files.
+# Folder that holds a folder per data set; see ocnopt data list.
 DATA_ROOT ?= data
 
-results: $(STAMP) ## measure docs/results anew (half an hour or more; DATA_ROOT=folder with images)
+results: papers benchmarks ## measure docs/results anew (hours; DATA_ROOT=folder with the data sets)
+
+papers: $(STAMP) ## make the paper's tables and figures anew in docs/results (an hour or two)
+	$(BIN)/ocnopt reproduce all --output docs/results --data-root $(DATA_ROOT)
+
+benchmarks: $(STAMP) ## measure defaults, robustness, damping and cost anew (half an hour or more)
 	$(BIN)/python benchmarks/defaults.py run --data-root $(DATA_ROOT)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/damping.py

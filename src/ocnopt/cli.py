@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ocnopt.experiments.compare import Contender
     from ocnopt.experiments.config import TrainConfig
-    from ocnopt.experiments.reproduce.report import Settings
+    from ocnopt.experiments.reproduce.report import Report, Settings
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -245,7 +245,7 @@ def compare(
             rmsprop, adam, vanilla-ddp, emsa, or package.module:Class. To be repeated: the first is
             what times are relative to [default: sgd, adam and ddpnopt].
         lr: Learning rates of all others: FROM:TO:COUNT with even ratios, as in 0.01:1:7, or a list,
-            as in 0.1,0.2,0.4 [default: seven, a factor 10 either way of the optimizer's usual one].
+            as in 0.1,0.2,0.4 [default: eight, from a tenth to 30 times the optimizer's usual one].
         recipe: Settings of one of the paper's problems, which other options change: wine-fcn,
             digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn or
             digits-deep.
@@ -345,29 +345,50 @@ def reproduce(
     output: Path | None = None,
     data_root: Path | None = None,
     seeds: int | None = None,
+    cache: Path = Path("runs/cache"),
+    processes: int | None = None,
 ) -> None:
-    """Make a figure of the paper anew, and say what is seen in it.
+    """Make a figure or table of the paper anew, and say what is seen in it.
 
     Args:
-        name: Which one; the list is above.
-        quick: A small version, of less than a minute.
+        name: Which one; the list is above. all: every one of them.
+        quick: A small version, of a minute or two.
         output: Folder for NAME.md, .html, .png and .json; older ones are replaced
             [default: runs/NAME]. Figures 6 and 10 to 12 also keep every run in vanishing.jsonl
             there and take up what it holds: delete it to run anew.
-        data_root: Folder that holds mnist/ and fashion-mnist/ [default: $OCNOPT_DATA].
+        data_root: Folder that holds one folder per data set, see ocnopt data list
+            [default: $OCNOPT_DATA].
         seeds: Number of seeds [default: by experiment].
+        cache: Folder in which tables and grids keep every run, to go on after an interruption and
+            to share runs among experiments [default: runs/cache].
+        processes: Worker processes of a grid [default: one per core].
     """
     from ocnopt.experiments.errors import InputError
     from ocnopt.experiments.reproduce import EXPERIMENTS
     from ocnopt.experiments.reproduce.report import Settings
 
-    if name not in EXPERIMENTS:
-        raise InputError(f"there is no experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}")
-    settings = Settings(name, output or Path("runs") / name, quick, seeds, data_root)
-    _reproduce(settings)
+    if name != "all" and name not in EXPERIMENTS:
+        raise InputError(
+            f"there is no experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}, or all"
+        )
+    if processes is not None and processes < 1:
+        raise InputError(f"processes must be at least 1, not {processes}")
+    settings = Settings(
+        name, output or Path("runs") / name, quick, seeds, data_root, cache, processes
+    )
+    if name != "all":
+        _reproduce(settings)
+        return
+    from ocnopt.experiments.reproduce.everything import reproduce_all
+
+    reproduce_all(settings, _reproduce, _skipped)
 
 
-def _reproduce(settings: Settings) -> None:
+def _skipped(name: str, why: str) -> None:
+    sys.stderr.write(f"{name}: {' '.join(why.split())}\n")
+
+
+def _reproduce(settings: Settings) -> Report:
     from rich.console import Console
 
     from ocnopt.experiments.reproduce import runner
@@ -376,3 +397,4 @@ def _reproduce(settings: Settings) -> None:
     with ExperimentProgress(settings.name) as progress:
         report = runner.reproduce(settings, progress)
     print_report(Console(), settings, report)
+    return report

@@ -44,15 +44,33 @@ def test_widths():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"dataset": "cifar"}, "digits, wine"),
+        ({"dataset": "cifar"}, "digits, wine.*or give your own as module:function"),
+        ({"network": "rnn"}, "fcn, cnn, or give your own as module:function"),
+        ({"optimizer": "lion"}, "ddpnopt, kfac.*or give your own as package.module:Class"),
+        ({"activation": "gelu"}, "tanh, relu, sigmoid$"),
+        ({"activation": "mine:gelu"}, "tanh, relu, sigmoid$"),
+        ({"head": "softmax"}, "identity, sigmoid$"),
+        ({"optimizer": "torch.optim:Adagrad"}, "needs a learning rate; give it with --lr"),
+        ({"validation": 1.0}, r"validation must be a share in \[0, 1\), not 1.0"),
+        ({"validation": -0.1}, "validation"),
+        ({"network": "cnn", "channels": 0}, "channels must be at least 1"),
+        ({"network": "cnn", "hidden": 0}, "hidden must be at least 1"),
+        ({"network": "cnn", "pools": (2, 2)}, "pools must be two of 1 to 4"),
+        ({"network": "cnn", "pools": (0, 2)}, "pools must be two of 1 to 4"),
+        ({"network": "cnn", "pools": (2, 5)}, "pools must be two of 1 to 4"),
+        ({"network": "cnn", "pools": (1, 2, 3)}, "pools must be two of 1 to 4"),
+        ({"channels": 3, "hidden": 4}, "channels and hidden belong to --network cnn, not to fcn"),
+        ({"network": "mine:net", "head": "sigmoid"}, "head belongs to --network fcn, not to mine"),
+        ({"network": "mine:net", "pools": (1, 2)}, "pools belongs to --network cnn"),
         ({"lr": 0.0}, "positive"),
         ({"lr": float("nan")}, "positive"),
         ({"steps": 0}, "at least 1"),
         ({"batch_size": -1}, "batch-size"),
         ({"seed": -1}, "seed"),
         ({"widths": ()}, "widths"),
-        ({"network": "cnn", "widths": (3,)}, "--network fcn"),
+        ({"network": "cnn", "widths": (3,)}, "widths belongs to --network fcn, not to cnn"),
         ({"network": "cnn", "dataset": "wine"}, "needs images"),
+        ({"network": "cnn", "dataset": "clusters"}, "needs images"),
         ({"resume": True}, "--output"),
     ],
 )
@@ -66,7 +84,20 @@ def test_defaults_are_filled_in_by_data_set_and_optimizer():
     assert (config.batch_size, config.epochs, config.steps) == (8, 10, None)
     assert (config.widths, config.activation, config.lr) == ((32, 32, 32, 16), "tanh", 0.001)
     assert TrainConfig(steps=7).resolved().epochs is None
-    assert TrainConfig(network="cnn").resolved().widths is None
+    cnn = TrainConfig(network="cnn").resolved()
+    assert (cnn.widths, cnn.activation, cnn.head, cnn.threads) == (None, None, None, None)
+    assert (cnn.channels, cnn.hidden, cnn.pools) == (32, 128, (2, 4))
+    assert (config.channels, config.hidden, config.pools) == (None, None, None)
+    assert (config.head, config.threads) == ("identity", 1)
+    assert config.resolved() == config
+
+
+def test_what_a_user_brings_has_defaults_too():
+    config = TrainConfig(dataset="mine:data").resolved()
+    assert (config.batch_size, config.widths, config.activation) == (32, (32,) * 4, "relu")
+    config = TrainConfig(network="mine:net", optimizer="mine:Opt", lr=0.5).resolved()
+    assert (config.widths, config.channels, config.threads) == (None, None, None)
+    assert (config.batch_size, config.lr) == (8, 0.5)
 
 
 def test_json_round_trip(tmp_path):
@@ -78,9 +109,21 @@ def test_json_round_trip(tmp_path):
     assert again.widths == (4, 3)
     assert again.data_root == tmp_path
     assert config.differences(again.to_json()) == []
+    config = TrainConfig(network="cnn", pools=(1, 3), validation=0.2, curve=True).resolved()
+    again = TrainConfig(**from_json(config.to_json()))
+    assert (again.pools, again.validation, again.curve) == ((1, 3), 0.2, True)
+    assert again == config
+
+
+def test_a_setting_that_does_not_exist_is_named():
+    with pytest.raises(InputError, match="do not exist: colour"):
+        from_json({"colour": 1})
 
 
 def test_only_what_changes_the_computation_counts_as_a_difference():
     kept = TrainConfig(seed=1, steps=5, threads=1).resolved().to_json()
-    assert TrainConfig(seed=1, steps=9, threads=2).resolved().differences(kept) == []
+    later = TrainConfig(seed=1, steps=9, threads=2, curve=True, log_every=7).resolved()
+    assert later.differences(kept) == []
+    held = TrainConfig(seed=1, validation=0.2).resolved()
+    assert held.differences(kept) == ["validation: 0.0, not 0.2"]
     assert TrainConfig(seed=2).resolved().differences(kept) == ["seed: 1, not 2"]

@@ -18,6 +18,8 @@ STATEFUL = [
     ("ddpnopt", {"preconditioner": "kfac"}),
     ("ekfac", {}),
 ]
+# Optimizers that run the batch themselves, loss = step(x, y).
+BATCHWISE = [("vanilla-ddp", {}), ("emsa", {"inner_steps": 2})]
 
 
 def wine(optimizer="adam", **settings):
@@ -63,6 +65,55 @@ def test_resume_is_bit_exact(tmp_path, optimizer, options, crash):
     assert resumed.history.numpy().tobytes() == whole.history.numpy().tobytes()
     assert resumed.train_loss == whole.train_loss
     assert without_times(rows_of(tmp_path / "cut")) == without_times(rows_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("optimizer", "options"), BATCHWISE)
+def test_optimizers_that_run_the_batch_train_and_resume(tmp_path, optimizer, options):
+    settings = {"lr": 1.0, "options": options, "steps": 34, "log_every": 6, "checkpoint_every": 6}
+    whole = train(wine(optimizer, **settings, output=tmp_path / "whole"))
+    assert whole.history.shape == (34,)
+    assert whole.train_loss < float(whole.history[0]) / 2
+    start = train(wine("sgd", steps=1))
+    assert float(whole.history[0]) == pytest.approx(float(start.history[0]))
+    with pytest.raises(KeyboardInterrupt):
+        train(wine(optimizer, **settings, output=tmp_path / "cut"), StopAt(14))
+    resumed = train(wine(optimizer, **settings, output=tmp_path / "cut", resume=True))
+    assert weights(resumed.model) == weights(whole.model)
+    assert resumed.history.numpy().tobytes() == whole.history.numpy().tobytes()
+    assert without_times(rows_of(tmp_path / "cut")) == without_times(rows_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["vanilla-ddp", "emsa"])
+def test_divergence_of_one_that_runs_the_batch_is_a_result(name, monkeypatch):
+    kind, steps = optimizers._class(name), []
+    step = kind._step
+
+    def failing(self, args, targets):
+        steps.append(step)
+        if len(steps) == 4:
+            raise NonFiniteError("a loss is not finite")
+        return step(self, args, targets)
+
+    monkeypatch.setattr(kind, "_step", failing)
+    result = train(wine(name, lr=1.0, widths=(4,), steps=9))
+    assert result.diverged_step == 4
+    assert result.history.shape == (4,)
+    assert math.isnan(result.train_loss)
+    assert 0 < result.test_accuracy <= 1
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_a_curve_has_an_accuracy_at_every_row(curve):
+    result = train(wine("sgd", steps=20, log_every=5, curve=curve))
+    assert [row["step"] for row in result.rows] == [5, 10, 15, 17, 20]
+    known = [row["step"] for row in result.rows if row["test_accuracy"] is not None]
+    assert known == ([5, 10, 15, 17, 20] if curve else [17, 20])
+
+
+def test_a_run_with_a_validation_split_is_not_resumed_without(tmp_path):
+    train(wine(steps=3, validation=0.2, output=tmp_path))
+    with pytest.raises(InputError, match=r"validation: 0\.2, not 0\.0"):
+        train(wine(steps=3, output=tmp_path, resume=True))
 
 
 def test_resume_drops_rows_after_the_checkpoint_and_a_torn_line(tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 import ocnopt
 from ocnopt.curvature import EKFAC, KFAC
+from ocnopt.curvature.factorize import eigenbasis, spd_inverse
 from ocnopt.layers import StackedLinear
 
 #: More samples than inputs: the eigenbasis of a singular factor is decided by rounding.
@@ -140,6 +141,28 @@ def test_one_parameter_frozen(preconditioner, part):
 )
 def test_lenders(build):
     compare(build)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")], ids=["indefinite", "not finite"])
+@pytest.mark.parametrize("previous", [None, 3.0])
+def test_a_factor_that_fails_leaves_those_of_other_networks(bad, previous):
+    torch.manual_seed(0)
+    root = torch.randn(3, 4, 4)
+    matrix = root @ root.mT
+    matrix[1] = bad * torch.eye(4)
+    before = None if previous is None else previous * torch.eye(4).expand(3, 4, 4)
+    damping = torch.full((3,), 0.1)
+    inverse = spd_inverse(matrix, damping, before)
+    basis = eigenbasis(matrix, before)
+    assert inverse.failures > 0
+    for i in (0, 2):
+        own = matrix[i : i + 1]
+        torch.testing.assert_close(inverse.values[i], spd_inverse(own, damping[:1]).values[0])
+        torch.testing.assert_close(basis.spectrum[i], eigenbasis(own).spectrum[0])
+        again = basis.values[i] @ basis.spectrum[i].diag() @ basis.values[i].T
+        torch.testing.assert_close(again, matrix[i], rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(inverse.values).all()
+    assert torch.isfinite(basis.values).all()
 
 
 def test_every_parameter_is_a_player():

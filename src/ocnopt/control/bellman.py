@@ -51,7 +51,9 @@ def pull_back(
     if rule == "literal":
         return v - (ks @ v.unsqueeze(-1)).squeeze(-1), k - ks @ k
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    both = torch.linalg.solve(eye + ks, torch.cat([v.unsqueeze(-1), k], -1))
+    both, info = torch.linalg.solve_ex(eye + ks, torch.cat([v.unsqueeze(-1), k], -1))
+    # A singular matrix is overflow here; as NaN it becomes the error that names the layer.
+    both = both.masked_fill_((info != 0)[:, None, None], torch.nan)
     return both[..., 0], both[..., 1:]
 
 

@@ -41,6 +41,8 @@ def _eye_like(matrix: Tensor) -> Tensor:
 def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None) -> Factorization:
     """``(matrix + damping I)^-1`` of symmetric positive semi-definite blocks.
 
+    A block that fails leaves the others as they are.
+
     Args:
         matrix: (groups, n, n).
         damping: (groups,), positive.
@@ -50,9 +52,15 @@ def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None)
         The inverse with its damping and the number of failed attempts.
     """
     failures = 0
-    if not bool(torch.isfinite(matrix).all()):
+    sound = _finite(matrix)
+    if not bool(sound.any()):
         return _last_resort(matrix, previous, damping, failures + 1)
     eye = _eye_like(matrix)
+    if not bool(sound.all()):
+        found = spd_inverse(_where(sound, matrix, eye), damping, previous)
+        kept = previous if previous is not None else eye
+        values = _where(sound, found.values, kept)
+        return Factorization(values, None, found.damping, found.failures + 1)
     # A damping of zero cannot be raised tenfold; rounding noise of the matrix is its unit.
     floor = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
     level = damping
@@ -61,12 +69,15 @@ def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None)
         for _ in range(RAISES):
             damped = work + level.to(dtype)[:, None, None] * eye.to(dtype)
             factor, info = torch.linalg.cholesky_ex(damped)
-            if not bool(info.any()):
-                inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
-                if bool(torch.isfinite(inverse).all()):
-                    return Factorization(inverse, None, float(level.max()), failures)
+            failing = info != 0
+            if bool(failing.any()):  # what is no factor cannot be inverted
+                factor = _where(~failing, factor, eye.to(dtype))
+            inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
+            failing |= ~_finite(inverse)
+            if not bool(failing.any()):
+                return Factorization(inverse, None, float(level.max()), failures)
             failures += 1
-            level = torch.maximum(level, floor) * 10
+            level = torch.where(failing, torch.maximum(level, floor) * 10, level)
         if dtype == torch.float64:
             break
         level = damping
@@ -99,7 +110,15 @@ def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
         eigenvectors the spectrum is the diagonal of the matrix in that basis.
     """
     failures = 0
-    if bool(torch.isfinite(matrix).all()):
+    sound = _finite(matrix)
+    if bool(sound.any()) and not bool(sound.all()):
+        found = eigenbasis(_where(sound, matrix, _eye_like(matrix)), previous)
+        rest = eigenbasis(_where(sound, torch.full_like(matrix, torch.nan), matrix), previous)
+        assert found.spectrum is not None and rest.spectrum is not None
+        spectrum = torch.where(sound[:, None], found.spectrum, rest.spectrum)
+        values = _where(sound, found.values, rest.values)
+        return Factorization(values, spectrum, 0.0, found.failures + rest.failures)
+    if bool(sound.all()):
         for dtype in (matrix.dtype, torch.float64):
             try:
                 values, vectors = torch.linalg.eigh(matrix.to(dtype))
@@ -117,6 +136,16 @@ def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
     turned = basis.transpose(-1, -2) @ matrix @ basis
     spectrum = turned.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     return Factorization(basis, spectrum, 0.0, failures)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """Which blocks are finite, (groups,)."""
+    return torch.isfinite(matrix).flatten(1).all(1)
+
+
+def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Blocks of one where they are chosen, else of the other."""
+    return torch.where(chosen[:, None, None], one, other)
 
 
 def _last_resort(
