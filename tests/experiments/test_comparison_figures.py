@@ -72,7 +72,7 @@ def test_limits_are_symmetric_and_values_are_printed(tmp_path, drawn):
     assert loss.images[0].get_clim() == (-0.2, 0.2)
     assert accuracy.images[0].get_clim() == (-2.0, 2.0)
     texts = [text.get_text() for text in loss.texts]
-    assert texts == ["-0.20", "+0.10", "+0.05", "\u00d7", "SGD failed"]
+    assert texts == ["-0.200", "+0.100", "+0.050", "\u00d7", "SGD failed"]
     assert [label.get_text() for label in loss.get_yticklabels()] == ["0.1", "0.2"]
     assert loss.get_ylim() == (1.5, -0.5)  # the first row is on top
 

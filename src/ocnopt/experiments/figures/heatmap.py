@@ -138,8 +138,8 @@ def _label(ax: Axes, row: int, column: int, value: float, note: str, limit: floa
 
 
 def _signed(value: float, limit: float) -> str:
-    """Two digits of the largest value and at least one place, as many for all."""
-    places = max(1, 1 - math.floor(math.log10(limit)))
+    """Three digits of the largest value and at least one place, as many for all."""
+    places = max(1, 2 - math.floor(math.log10(limit)))
     if places > 4 or limit >= 1e4:
         return f"{value:+.1e}" if value else "0"
     text = f"{value:+.{places}f}"

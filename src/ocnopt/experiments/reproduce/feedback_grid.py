@@ -212,16 +212,25 @@ def _course(pair: Pair, cells: Cells) -> Training:
 
 
 def _course_of(name: str, outcomes: Sequence[Outcome]) -> Course:
-    steps = max((o.accuracies for o in outcomes), key=len)
-    iterations = [step for step, _ in steps]
+    """Curves at the steps that both were taken at or between, the same for all seeds."""
+    longest = max(outcomes, key=lambda outcome: len(outcome.accuracies))
+    iterations: list[int] = []
+    for step, _ in longest.accuracies:
+        if _between(longest, iterations[-1] if iterations else 0, step):
+            iterations.append(step)
     losses, accuracies = [], []
     for outcome in outcomes:
-        known = [step for step, _ in outcome.accuracies]
-        pairs = list(zip([0, *known], known, strict=False))
-        means = [[v for s, v in outcome.losses if before < s <= step] for before, step in pairs]
-        losses.append([fmean(part) for part in means if part])
-        accuracies.append([100 * v for _, v in outcome.accuracies][: len(losses[-1])])
+        reached = [step for step in iterations if step <= outcome.steps]
+        parts = [_between(outcome, a, b) for a, b in zip([0, *reached], reached, strict=False)]
+        losses.append([fmean(part) for part in parts if part])
+        known = dict(outcome.accuracies)
+        accuracies.append([100 * known[step] for step in reached if step in known])
     return Course(name, iterations, losses, accuracies)
+
+
+def _between(outcome: Outcome, start: int, end: int) -> list[float]:
+    """The losses of a curve after one step and up to another."""
+    return [value for step, value in outcome.losses if start < step <= end]
 
 
 def _report(
@@ -312,7 +321,7 @@ def _seen(pairs: Sequence[Pair], cells: Cells) -> str:
             ratios.append(f"{own / lender:.2f} (rank one {one / lender:.2f}) at {lr:g}")
         parts.append(f"{pair.name}'s {' and '.join(ratios)}")
     return (
-        "with feedback the training loss is, as a multiple of the baseline's at the same learning "
+        "With feedback the training loss is, as a multiple of the baseline's at the same learning "
         f"rate, {'; '.join(parts)}."
     )
 
