@@ -19,7 +19,7 @@ _CNN: Mapping[str, Any] = {
     "hidden": 128,
     "pools": (1, 3),
     "batch_size": 128,
-    "steps": 200,
+    "steps": 120,
 }
 
 #: Keyword arguments of :class:`~ocnopt.experiments.config.TrainConfig`, by name.

@@ -131,10 +131,10 @@ def save_sensitivity(path: Path, title: str, methods: Sequence[Sweep]) -> None:
             Line2D([], [], color=c, ls=d, lw=1.6, marker=m, ms=4, label=sweep.name)
             for sweep, (c, d, m) in zip(methods, _STYLES, strict=False)
         ],
-        loc="center",
-        ncols=2 if len(methods) > 3 else 1,
+        loc="center left",
         frameon=False,
         handlelength=4,
+        fontsize="small" if len(methods) > 4 else None,
     )
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -212,7 +212,7 @@ def _draw_strip(ax: Axes, methods: Sequence[Sweep]) -> None:
             if failed:
                 share = 1.0 if failed == len(pairs) else 0.45
                 ax.plot(rate, row, color="#b00000", alpha=share, marker="x", ms=6, mew=1.6)
-    ax.set_yticks(range(len(methods)), [sweep.name for sweep in methods], fontsize="small")
+    ax.set_yticks([])  # the legend beside it names the rows, in the same order
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.grid(True, axis="x", alpha=0.25)
     ax.tick_params(axis="y", length=0)
