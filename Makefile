@@ -33,8 +33,18 @@ DATA_ROOT ?= data
 
 results: papers benchmarks ## measure docs/results anew (hours; DATA_ROOT=folder with the data sets)
 
-papers: $(STAMP) ## make the paper's tables and figures anew in docs/results (an hour or two)
+# Every preconditioner, without and with feedback.
+PAIRS := --optimizer sgd --optimizer ddpnopt \
+  --optimizer rmsprop --optimizer "ddpnopt preconditioner=rmsprop" \
+  --optimizer adam --optimizer "ddpnopt preconditioner=adam" \
+  --optimizer ekfac --optimizer "ddpnopt preconditioner=ekfac"
+
+papers: $(STAMP) ## make the paper's tables and figures anew in docs/results (two hours or more)
 	$(BIN)/ocnopt reproduce all --output docs/results --data-root $(DATA_ROOT)
+	$(BIN)/ocnopt compare --recipe digits-fcn $(PAIRS) --seeds 5 --margin 2 \
+	  --output docs/results/compare-digits
+	$(BIN)/ocnopt compare --recipe fashion-mnist-fcn $(PAIRS) --seeds 5 --margin 2 \
+	  --output docs/results/compare-fashion-mnist --data-root $(DATA_ROOT)
 
 benchmarks: $(STAMP) ## measure defaults, robustness, damping and cost anew (half an hour or more)
 	$(BIN)/python benchmarks/defaults.py run --data-root $(DATA_ROOT)

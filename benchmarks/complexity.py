@@ -193,6 +193,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         "#009e73",
         "#d55e00",
         "#cc79a7",
+        "#7b3294",
     )
     for row, (what, unit, scale) in zip(
         grid, (("seconds", "ms per step", 1e3), ("bytes", "MiB", 2**-20)), strict=True
@@ -221,6 +222,7 @@ def main() -> None:
     for width in WIDTHS:
         rows += [{**r, "axis": "width"} for r in measure(FIXED_BATCH, width, chosen.rounds)]
     text = page(rows, chosen.rounds)
+    chosen.output.mkdir(parents=True, exist_ok=True)
     (chosen.output / "complexity.json").write_text(json.dumps(rows, indent=1) + "\n")
     (chosen.output / "complexity.md").write_text(text)
     draw(rows, chosen.output / "complexity.png")

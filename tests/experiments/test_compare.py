@@ -227,6 +227,18 @@ def test_ranges_are_ranked_only_where_they_are_known():
     )
     # 0.2 to 0.4 is one step of the sweep more than 0.4 alone.
     assert "more than one step" in verdict(comparison(narrow, entry("pair", flat, (0.2, 0.4))))
+    long = Contender("a", "sgd", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
+    reaches = {"far": (0.2, 1.6), "near": (0.4, 1.6), "narrow": (0.4, 0.4)}
+    two = verdict(
+        comparison(
+            *(
+                replace(entry(n, flat, r), contender=replace(long, label=n))
+                for n, r in reaches.items()
+            )
+        )
+    )
+    assert "those of far (8) and near (4), which are no more than one step" in two
+    assert "against 1 (narrow)." in two
     assert "none has none" in verdict(comparison(wide, narrow, entry("none", flat, None)))
 
 

@@ -88,13 +88,23 @@ def _ranges(comparison: Comparison) -> str:
             f"Whose range of workable learning rates is widest cannot be told:"
             f" {ends.format(_listed(open_ended))} an end of the sweep."
         )
-    if rest and widest.factor <= rest[0][1].factor * _resolution(top) * (1 + 1e-6):
+    near = widest.factor / _resolution(top) / (1 + 1e-6)
+    alike = [(e, w) for e, w in found if w.factor >= near]
+    if len(alike) == len(found) > 1:
         return (
             "The ranges of workable learning rates do not differ by more than one step of the"
             " sweep."
             if not none
             else f"{_listed(none)} {_has(none)} no workable learning rate."
         )
+    if len(alike) > 1:
+        ahead = _listed([f"{e.label} ({w.factor:.3g})" for e, w in alike])
+        behind = _listed([f"{w.factor:.3g} ({e.label})" for e, w in found[len(alike) :]])
+        text = (
+            f"The widest ranges of workable learning rates are those of {ahead}, which are no more"
+            f" than one step of the sweep apart, against {behind}"
+        )
+        return f"{text}; {_listed(none)} {_has(none)} none." if none else f"{text}."
     least = "at least " if widest.open else ""
     against = _listed([f"{w.factor:.3g} ({e.label})" for e, w in rest])
     text = (
