@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from step_cost import Live
 from torch import Tensor, nn
 
 import ocnopt
+from ocnopt.experiments.peak_memory import PeakMemory
 
 CRITERION = nn.CrossEntropyLoss()
 LAYERS = 5
@@ -108,7 +108,7 @@ def measure(batch: int, width: int, rounds: int) -> list[dict[str, Any]]:
             seconds[name].append(time.perf_counter() - start)
     rows = []
     for name, step in steps.items():
-        with Live() as live:
+        with PeakMemory() as live:
             step(x, y)
         rows.append(
             {

@@ -23,15 +23,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ocnopt
+from ocnopt.experiments.peak_memory import PeakMemory
 
 Net = tuple[nn.Module, Tensor, Tensor]
 
@@ -122,28 +119,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-class Live(TorchDispatchMode):
-    """Peak bytes of tensor storage alive, seen after every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what the operation returned, forget what has died."""
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and not x.is_sparse:
-                storage = x.untyped_storage()
-                known = self.alive.get(storage._cdata)
-                if known is None or known[0].expired():
-                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return result
-
-
 class Run:
     """One optimizer on its own copy of a net."""
 
@@ -183,7 +158,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
             self.step()
             return torch.cuda.max_memory_allocated() - before + held
-        with Live() as live:
+        with PeakMemory() as live:
             self.step()
         return live.peak + held
 

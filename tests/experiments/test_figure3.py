@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ocnopt import cli
+from ocnopt.experiments.peak_memory import PeakMemory, TookTooLong
 from ocnopt.experiments.reproduce import figure3
-from ocnopt.experiments.reproduce.figure3 import PeakMemory, Preset, claims, measure, slope
+from ocnopt.experiments.reproduce.figure3 import Preset, claims, measure, slope
 
 TINY = Preset((4, 8), rounds=3, seconds=30.0, budget=0.05, widths=(4,))
 
@@ -82,7 +83,7 @@ def test_peak_memory_counts_what_is_made_and_alive():
 
 
 def test_a_step_is_broken_off_after_its_time():
-    with pytest.raises(figure3.TookTooLong), PeakMemory(0.01):
+    with pytest.raises(TookTooLong), PeakMemory(0.01):
         while True:
             torch.zeros(1)
 
