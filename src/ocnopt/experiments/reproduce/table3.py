@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -47,6 +47,7 @@ class Row:
         tuning_seeds: Seeds of each.
         seeds: Seeds of the measurement.
         note: What the reader has to know.
+        without: Methods that are not run, though the paper has them.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     tuning_seeds: int
     seeds: int
     note: str = ""
+    without: tuple[str, ...] = ()
 
 
 def _paper(*values: float | None) -> dict[str, float]:
@@ -100,7 +102,16 @@ ROWS: tuple[Row, ...] = (
     Row(
         "MNIST (CNN)", "mnist-cnn", _paper(97.94, 98.05, 98.04, 98.02, 96.48, None, 98.09), 3, 1, 5
     ),
-    Row("SVHN (CNN)", "svhn-cnn", _paper(89.00, 88.41, 87.76, 90.63, 79.45, None, 90.70), 3, 1, 3),
+    Row(
+        "SVHN (CNN)",
+        "svhn-cnn",
+        _paper(89.00, 88.41, 87.76, 90.63, 79.45, None, 90.70),
+        3,
+        1,
+        3,
+        "E-MSA, whose step takes some twenty times SGD's, is left out",
+        ("E-MSA",),
+    ),
     Row(
         "CIFAR-10 (CNN)",
         "cifar-10-cnn",
@@ -108,6 +119,8 @@ ROWS: tuple[Row, ...] = (
         3,
         1,
         3,
+        "E-MSA, whose step takes some twenty times SGD's, is left out",
+        ("E-MSA",),
     ),
 )
 _QUICK = ("wine-fcn", "digits-fcn")
@@ -243,7 +256,7 @@ def _rows(settings: Settings) -> tuple[list[Row], list[Row]]:
 
 
 def _less(row: Row) -> Row:
-    return Row(row.name, row.recipe, row.paper, _QUICK_CANDIDATES, 1, _QUICK_SEEDS, row.note)
+    return replace(row, candidates=_QUICK_CANDIDATES, tuning_seeds=1, seeds=_QUICK_SEEDS)
 
 
 def _seeds(row: Row, settings: Settings) -> int:
@@ -264,7 +277,7 @@ def _resolved(row: Row, settings: Settings) -> dict[str, Any]:
 
 def _candidates(row: Row, settings: Settings) -> dict[str, list[TrainConfig]]:
     base = _base(row, settings)
-    methods = [m for m in METHODS if m in row.paper]
+    methods = [m for m in METHODS if m in row.paper and m not in row.without]
     if base.get("network", "fcn") == "fcn":
         methods += MORE
     return {m: candidates(m, row, base) for m in methods}
@@ -273,7 +286,7 @@ def _candidates(row: Row, settings: Settings) -> dict[str, list[TrainConfig]]:
 def _cell(row: Row, results: Sequence[Tuned], method: str) -> str:
     found = next((t for t in results if t.method == method), None)
     if found is None:
-        return "N/A"
+        return f"not run ({row.paper[method]:.2f})" if method in row.paper else "N/A"
     best = max(fmean(t.accuracies) for t in results)
     mean = fmean(found.accuracies)
     text = f"{mean:.2f} ± {spread(found.accuracies):.2f}"
@@ -302,7 +315,9 @@ def verdict(row: Row, results: Sequence[Tuned]) -> str:
     beaten = [m for m in control if difference(own, by[m]) > 0]
     text = f"**{row.name}**: DDPNOpt is {_compared(own, by[best])} the best other, {best}"
     text += f" (paper: {printed:+.2f} against {best_printed}). "
-    if len(beaten) == len(control):
+    if not control:
+        text += "Neither baseline from optimal control was run."
+    elif len(beaten) == len(control):
         text += f"It beats {' and '.join(control)}, as in the paper."
     else:
         rest = [m for m in control if m not in beaten]
