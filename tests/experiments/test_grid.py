@@ -170,7 +170,8 @@ def test_an_interrupted_grid_of_workers_goes_on_with_the_rest(tmp_path):
         pytest.raises(KeyboardInterrupt),
     ):
         run_grid(configs, cache=Cache(tmp_path), watcher=Told(2))
-    assert len(list(tmp_path.rglob("*.json"))) == 2
+    # What was told of is kept; a run that was over meanwhile may be, too.
+    assert 2 <= len(list(tmp_path.rglob("*.json"))) <= 4
     outcomes = run_grid(configs, cache=Cache(tmp_path), processes=1)
     assert len(list(tmp_path.rglob("*.json"))) == 4
     assert timeless(outcomes) == timeless(run_grid(configs, processes=1))
