@@ -55,7 +55,7 @@ def _own_data(name: str, own_network: bool) -> Data:
             "train_y, test_x, test_y)"
         )
     try:
-        train_x, train_y, test_x, test_y = (_as_tensor(part) for part in found)
+        train_x, train_y, test_x, test_y = (torch.as_tensor(part) for part in found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"dataset {name} holds what is no tensor: {error}") from error
     for part, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
@@ -82,14 +82,6 @@ def _own_data(name: str, own_network: bool) -> Data:
     if known and known < needed:
         raise InputError(f"dataset {name} says {known} classes, but its labels need {needed}")
     return Data(train_x, train_y.long(), test_x, test_y.long(), known or needed)
-
-
-def _as_tensor(part: object) -> Tensor:
-    """A tensor as it is; anything else in torch's default type, where it is no whole number."""
-    tensor = torch.as_tensor(part)
-    if not isinstance(part, Tensor) and tensor.is_floating_point():
-        return tensor.to(torch.get_default_dtype())
-    return tensor
 
 
 def _validation_split(data: Data, share: float) -> Data:
