@@ -448,8 +448,9 @@ def _page(
             " uses for fully connected networks; vanilla DDP is `VanillaDDP` and E-MSA `EMSA` with"
             " their defaults. `VanillaDDP` solves through the rank of its Gauss-Newton terms; the"
             " dense solve that all second-order terms ask for would factorize a matrix as large as"
-            " the first layer's number of weights. Memory is the peak of tensor storage alive during a step beyond"
-            " weights and batch: gradients, activations, the optimizer's state and all that it"
+            " the first layer's number of weights. Memory is the peak of tensor storage alive"
+            " during a step beyond weights and batch: gradients, activations, the optimizer's state"
+            " and all that it"
             " makes on the way; what an operation uses within itself is not seen.",
             "",
             '**The paper:** "when measuring the actual computational performance with GPU'
