@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         RecordingError,
     )
     from ocnopt.losses import MMCLoss, VanishingGradientRegularizer
-    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, VanillaDDP
+    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, DGNOpt, VanillaDDP
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "KFAC",
     "Criterion",
     "DDPNOpt",
+    "DGNOpt",
     "GraphError",
     "MMCLoss",
     "NonFiniteError",
@@ -50,6 +51,7 @@ _SUBPACKAGES = frozenset({"control", "curvature", "errors", "layers", "losses", 
 _HOMES = {
     "Criterion": "ocnopt.control.terminal",
     "DDPNOpt": "ocnopt.optim",
+    "DGNOpt": "ocnopt.optim",
     "EKFAC": "ocnopt.optim",
     "EMSA": "ocnopt.optim",
     "GraphError": "ocnopt.errors",

@@ -45,8 +45,11 @@ def test_widths():
     ("settings", "says"),
     [
         ({"dataset": "cifar"}, "digits, wine.*or give your own as module:function"),
-        ({"network": "rnn"}, "fcn, cnn, or give your own as module:function"),
-        ({"optimizer": "lion"}, "ddpnopt, kfac.*or give your own as package.module:Class"),
+        (
+            {"network": "rnn"},
+            "fcn, cnn, residual-fcn, residual-cnn, inception, or give your own as module:function",
+        ),
+        ({"optimizer": "lion"}, "ddpnopt, dgnopt, kfac.*or give your own as package.module:Class"),
         ({"activation": "gelu"}, "tanh, relu, sigmoid$"),
         ({"activation": "mine:gelu"}, "tanh, relu, sigmoid$"),
         ({"head": "softmax"}, "identity, sigmoid$"),
@@ -59,7 +62,18 @@ def test_widths():
         ({"network": "cnn", "pools": (0, 2)}, "pools must be two of 1 to 4"),
         ({"network": "cnn", "pools": (2, 5)}, "pools must be two of 1 to 4"),
         ({"network": "cnn", "pools": (1, 2, 3)}, "pools must be two of 1 to 4"),
-        ({"channels": 3, "hidden": 4}, "channels and hidden belong to --network cnn, not to fcn"),
+        ({"channels": 3, "hidden": 4}, "channels belongs to --network cnn, not to fcn"),
+        ({"depth": 2}, "depth belongs to --network residual-fcn, residual-cnn, not to fcn"),
+        (
+            {"network": "residual-fcn", "norm": "batch"},
+            "norm belongs to --network residual-cnn, in",
+        ),
+        (
+            {"network": "inception", "activation": "tanh"},
+            "activation belongs to --network fcn, res",
+        ),
+        ({"network": "residual-cnn", "norm": "layer"}, "norm 'layer' is not.*none, batch, group$"),
+        ({"network": "residual-fcn", "depth": 0}, "depth must be at least 1"),
         ({"network": "mine:net", "head": "sigmoid"}, "head belongs to --network fcn, not to mine"),
         ({"network": "mine:net", "pools": (1, 2)}, "pools belongs to --network cnn"),
         ({"lr": 0.0}, "positive"),
@@ -68,9 +82,10 @@ def test_widths():
         ({"batch_size": -1}, "batch-size"),
         ({"seed": -1}, "seed"),
         ({"widths": ()}, "widths"),
-        ({"network": "cnn", "widths": (3,)}, "widths belongs to --network fcn, not to cnn"),
+        ({"network": "cnn", "widths": (3,)}, "widths belongs to --network fcn, res.*, not to cnn"),
         ({"network": "cnn", "dataset": "wine"}, "needs images"),
         ({"network": "cnn", "dataset": "clusters"}, "needs images"),
+        ({"network": "inception", "dataset": "wine"}, "--network fcn or residual-fcn"),
         ({"resume": True}, "--output"),
     ],
 )
@@ -90,6 +105,18 @@ def test_defaults_are_filled_in_by_data_set_and_optimizer():
     assert (config.channels, config.hidden, config.pools) == (None, None, None)
     assert (config.head, config.threads) == ("identity", 1)
     assert config.resolved() == config
+
+
+def test_networks_of_blocks_have_defaults_of_their_own():
+    config = TrainConfig(dataset="mnist", network="residual-fcn").resolved()
+    assert (config.widths, config.depth, config.activation) == ((32, 32, 24, 16), 2, "relu")
+    assert (config.norm, config.head, config.threads) == (None, None, 1)
+    config = TrainConfig(network="residual-cnn", norm="group", depth=3).resolved()
+    assert (config.widths, config.depth, config.norm) == ((16, 32, 64), 3, "group")
+    assert (config.activation, config.threads) == (None, None)
+    config = TrainConfig(network="inception").resolved()
+    assert (config.widths, config.depth, config.norm) == ((16, 32), None, "none")
+    assert TrainConfig(**from_json(config.to_json())) == config
 
 
 def test_what_a_user_brings_has_defaults_too():

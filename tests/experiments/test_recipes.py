@@ -5,6 +5,7 @@ from torch import nn
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.data.sets import SETS
 from ocnopt.experiments.datasets import Data
+from ocnopt.experiments.networks import InceptionBlock, ResidualBlock
 from ocnopt.experiments.recipes import RECIPES
 from ocnopt.experiments.setup import build_network
 
@@ -39,5 +40,25 @@ def test_recipes_are_what_the_paper_says():
         if name.endswith("-cnn"):
             assert (kinds.count(nn.Conv2d), kinds.count(nn.Linear)) == (4, 2)
             assert config.batch_size == 128
+        if name.endswith("-residual"):
+            assert _blocks(config, ResidualBlock) == len(config.widths) >= 3
+        if name.endswith("-inception"):
+            assert _blocks(config, InceptionBlock) == len(config.widths)
     wine = TrainConfig(**RECIPES["wine-fcn"]).resolved()
     assert isinstance(build_network(wine, data_like("wine"))[-1], nn.Sigmoid)
+
+
+def _blocks(config, kind):
+    model = build_network(config, data_like(config.dataset))
+    return sum(isinstance(m, kind) for m in model.modules())
+
+
+def test_resnet18_is_of_the_usual_size():
+    """In the form for 32x32 images and ten classes: 11,173,962 parameters, 17 convolutions."""
+    config = TrainConfig(**RECIPES["cifar-10-resnet18"]).resolved()
+    model = build_network(config, data_like("cifar-10"))
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(m.kernel_size == (3, 3) for m in convs) == 17
+    assert sum(m.kernel_size == (1, 1) for m in convs) == 3
+    assert model[:-3](torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)

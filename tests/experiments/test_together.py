@@ -10,6 +10,7 @@ from torch import nn
 from ocnopt.errors import NonFiniteError
 from ocnopt.experiments import optimizers, setup, together
 from ocnopt.experiments.config import TrainConfig
+from ocnopt.experiments.networks import ResidualFCN, residual_fcn
 from ocnopt.experiments.order import DataOrder
 from ocnopt.experiments.outcome import Outcome, make_outcome
 from ocnopt.experiments.setup import build_network, correct, load_data, total_steps
@@ -113,6 +114,29 @@ def test_every_seed_is_as_alone(name):
         assert [step for step, _ in found.accuracies] == [4, 8, 11, 12, 15]
 
 
+BLOCKS = {"network": "residual-fcn", "widths": (6, 6, 4), "activation": "tanh"}
+
+
+GAMES = {
+    "dgnopt open loop": ("dgnopt", 0.05, {"information": "open-loop"}),
+    "dgnopt feedback": ("dgnopt", 0.05, {"information": "feedback", "preconditioner": "kfac"}),
+    "dgnopt rmsprop": ("dgnopt", 0.01, {"preconditioner": "rmsprop", "alignment": "early"}),
+    "dgnopt kfac": ("dgnopt", 0.05, {"preconditioner": "kfac", "alignment": "random"}),
+    "dgnopt ekfac": ("dgnopt", 0.05, {"preconditioner": "ekfac", "alignment": 0}),
+}
+
+
+@pytest.mark.parametrize("name", [*(name for name in OPTIMIZERS if name != "full"), *GAMES])
+def test_every_seed_of_a_residual_network_is_as_alone(name, monkeypatch):
+    monkeypatch.setattr("ocnopt.optim.rounds.ROUND", 4)
+    optimizer, lr, options = {**OPTIMIZERS, **GAMES}[name]
+    config = wine(optimizer, lr, options=options, log_every=4, **BLOCKS)
+    for found, seed in zip(train_together(config, SEEDS, torch.float64), SEEDS, strict=True):
+        expected = alone(config, seed)
+        agree(found, expected)
+        assert expected.losses[-1][1] != pytest.approx(expected.losses[0][1], rel=1e-2)
+
+
 @pytest.mark.parametrize("name", ["sgd", "kfac", "ddpnopt", "full"])
 def test_every_seed_is_as_in_an_ordinary_run(name):
     optimizer, lr, options = OPTIMIZERS[name]
@@ -171,6 +195,30 @@ def test_stack_takes_copies_of_the_weights():
         torch.testing.assert_close(out, networks[i](x))
     nn.init.zeros_(networks[0][1].weight)
     assert bool(model[1].weight[0].any())
+
+
+def test_stack_finds_the_layers_of_a_tree():
+    networks = [
+        residual_fcn(ResidualFCN((5, 3), 2, "tanh"), (4,), 2) for _ in SEEDS
+    ]  # with a projection, which has no bias
+    model = stack(networks)
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+    assert model.blocks[1].shortcut.bias is None
+    assert [n for n, _ in model.named_parameters()] == [
+        n for n, _ in networks[0].named_parameters()
+    ]
+    x = torch.randn(4, 4)
+    for i, out in enumerate(model(x.repeat(3, 1)).unflatten(0, (3, 4))):
+        torch.testing.assert_close(out, networks[i](x))
+    assert isinstance(networks[0].stem, nn.Linear)  # untouched
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"), [(nn.LayerNorm(2), "1.weight"), (nn.BatchNorm1d(2, affine=False), "1.runn")]
+)
+def test_stack_refuses_what_is_no_linear_layer(layer, named):
+    with pytest.raises(ValueError, match=f"{named}.* belongs to no linear layer"):
+        stack([nn.Sequential(nn.Linear(3, 2), layer) for _ in SEEDS])
 
 
 # Divergence. Without a bound on feedback large rates overflow at different steps; what overflows
@@ -322,6 +370,14 @@ def test_a_preconditioner_that_overflowed_does_not_stay(monkeypatch):
         ({"optimizer": "torch.optim:Adagrad"}, False),
         ({"network": "mine:make", "widths": None}, False),
         ({"dataset": "mnist", "network": "cnn", "widths": None}, False),
+        (BLOCKS, True),
+        ({"optimizer": "dgnopt", **BLOCKS}, True),
+        ({"optimizer": "dgnopt", "options": {"alignment": 1}, **BLOCKS}, True),
+        ({"optimizer": "dgnopt", "options": {"alignment": "random"}, **BLOCKS}, True),
+        # A bandit's rewards are of all seeds.
+        ({"optimizer": "dgnopt", "options": {"alignment": "exp3++"}, **BLOCKS}, False),
+        ({"optimizer": "dgnopt", "options": {"alignment": "epsilon-greedy"}, **BLOCKS}, False),
+        ({"dataset": "digits", "network": "residual-cnn"}, False),
         ({"dataset": "mine:data"}, True),
         ({"device": "cuda"}, False),
     ],

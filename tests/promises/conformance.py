@@ -44,6 +44,11 @@ def _ekfac(model, criterion, **options):
     )
 
 
+def _dgnopt(model, criterion, **options):
+    options = {"lr": RATES["kfac"], "preconditioner": rule("kfac"), **options}
+    return ocnopt.DGNOpt(model, criterion, **options)
+
+
 def _ddpnopt_with(name):
     def build(model, criterion, **options):
         return ddpnopt(model, criterion, name, **options)
@@ -54,6 +59,7 @@ def _ddpnopt_with(name):
 #: Every optimizer of the ordinary loop: name -> build(model, criterion, **options).
 OPTIMIZERS = {
     **{f"DDPNOpt-{name}": _ddpnopt_with(name) for name in PRECONDITIONERS},
+    "DGNOpt": _dgnopt,
     "KFAC": _kfac,
     "EKFAC": _ekfac,
 }

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import games
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ CASES = [
     ("full identity", "share", "linear", "ddp"),
     ("full kfac", "joint", "nonlinear", "ddp"),
     ("second-order rmsprop", "share", "linear", "ddp"),
+    ("game kfac", "share", "linear", "ddp"),
+    ("game ekfac", "joint", "linear", "ddp"),
     ("KFAC", None, None, "ddp"),
     ("EKFAC", None, None, "raw"),
 ]
@@ -36,6 +39,8 @@ STEPS = 3
 
 def model_of(case=CASES[0]):
     torch.manual_seed(0)
+    if case[0].startswith("game"):
+        return nn.Sequential(nn.Linear(5, 4), games.Residual()).double()
     norm = nn.Identity() if case[0].startswith("second-order") else nn.LayerNorm(7)
     return nn.Sequential(
         nn.Linear(5, 7), nn.Tanh(), norm, nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)
@@ -58,7 +63,7 @@ def optimizer_of(case, model, criterion):
     options = {}
     if form == "exact":
         options = {"terminal": "gauss-newton"}
-    elif form:
+    elif form and form != "game":
         options = {"terminal": "full", "value_reg": 0.05}
         options["dynamics_order"] = 2 if form == "second-order" else 1
     rule = {
@@ -69,7 +74,11 @@ def optimizer_of(case, model, criterion):
         "ekfac": lambda: ocnopt.curvature.EKFAC(damping=0.1, update_every=2),
     }[name]()
     lr = 0.1 if name == "identity" else 0.01
-    return ocnopt.DDPNOpt(
+    kind = ocnopt.DDPNOpt
+    if form == "game":  # processes have to choose the same alignment
+        kind = ocnopt.DGNOpt
+        options = {"alignment": ocnopt.control.alignment.EpsilonGreedy(0.5, every=2)}
+    return kind(
         model, criterion, lr=lr, preconditioner=rule, bellman=bellman, rollout=rollout, **options
     )
 

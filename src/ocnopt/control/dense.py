@@ -17,7 +17,7 @@ from ocnopt.control.passes import TerminalCall
 from ocnopt.control.players import Player
 from ocnopt.control.room import room
 from ocnopt.control.terminal import TerminalCost
-from ocnopt.control.trace import Trace
+from ocnopt.control.trace import ALL, Trace
 from ocnopt.control.transport import Same, Transport, layer_jacobian, state_jacobian, unit_columns
 from ocnopt.curvature.metric import Metric, to_float
 from ocnopt.errors import GraphError
@@ -68,8 +68,9 @@ class DenseTrace(Trace):
         """Unit columns (n, rows, *)."""
         return unit_columns(self.signal, self.size, self.samples)
 
-    def sample_columns(self) -> Params:
-        """``g_u^T`` of every sample, (B, n, *parameter) each."""
+    def sample_columns(self, part: slice = ALL) -> Params:
+        """``g_u^T`` of every sample, (B, n, *parameter) each; always of all."""
+        assert part is ALL
         return self.layer.column_gradients(self.a, self.units(), self.fold)
 
     def gram(self, metric: Metric) -> Tensor:

@@ -14,8 +14,9 @@ from ocnopt.control import second_order
 from ocnopt.control.chain import Link
 from ocnopt.control.dense import DenseBatch, DenseTrace
 from ocnopt.control.players import Player
-from ocnopt.control.sweep import Stage, Sweep
+from ocnopt.control.sweep import Sweep
 from ocnopt.control.transport import bend
+from ocnopt.control.turns import Group, Turn
 from ocnopt.errors import GraphError
 from ocnopt.layers.base import Params, add_all
 
@@ -26,7 +27,7 @@ class DenseSweep(Sweep):
     """Both passes with matrices; see :class:`Sweep`.
 
     Args:
-        stages: Players with gradients, in forward order.
+        turns: Players with gradients, in forward order.
         batches: Their samples, with terminal values and Jacobians.
         value_reg: Tikhonov term epsilon on V_xx at every player's input (line 12).
         order: Expansion of the dynamics: 1, or 2 with the terms of Eq. 26.
@@ -38,7 +39,7 @@ class DenseSweep(Sweep):
 
     def __init__(
         self,
-        stages: list[Stage],
+        turns: list[Turn],
         batches: list[DenseBatch],
         rule: str,
         rollout: str,
@@ -47,7 +48,7 @@ class DenseSweep(Sweep):
         order: int = 1,
         to_input: bool = False,
     ) -> None:
-        super().__init__(stages, list(batches), rule, rollout, *others)  # type: ignore[arg-type]
+        super().__init__(turns, list(batches), rule, rollout, *others)  # type: ignore[arg-type]
         self.value_reg = value_reg
         self.order = order
         self.to_input = to_input
@@ -59,7 +60,7 @@ class DenseSweep(Sweep):
                     "the accumulated passes call their layers in different orders; use "
                     "terminal='gauss-newton'"
                 )
-        self.stage_of = {stage.player: stage for stage in stages}
+        self.turn_of = {turn.player: turn for turn in turns}
         #: V_x and V_xx at the input of every player, per batch.
         self.states: dict[Player, list[tuple[Tensor, Tensor]]] = {}
         #: ``V_h . g_ux`` of every player, per batch; second order alone.
@@ -79,18 +80,20 @@ class DenseSweep(Sweep):
             ]
             ahead = [b.s[t].pull_columns(p) for b, p in zip(self.batches, ahead, strict=True)]
             self._ahead[player] = ahead
-            stage = self.stage_of.get(player)
-            if stage is not None:
-                stage.values = values
-                self._observe(stage)
+            turn = self.turn_of.get(player)
+            if turn is not None:
+                turn.values = values
+                self._observe(turn)
+                if self.rule == "joint":
+                    self._probe(Group([turn]))
                 if self.order == 2:
                     self.mixed[player] = [
-                        second_order.mixed(b.chain.links[t], _dense(b, stage), v)
+                        second_order.mixed(b.chain.links[t], _dense(b, turn), v)
                         for b, (v, _) in zip(self.batches, values, strict=True)
                     ]
             if t == 0 and not (self.to_input and self.links[0].x.is_floating_point()):
                 break  # no player before the first asks for its value
-            values = [self._through(i, t, stage, v, k) for i, (v, k) in enumerate(values)]
+            values = [self._through(i, t, turn, v, k) for i, (v, k) in enumerate(values)]
             self.states[player] = values
             ahead = [b.g[t].pull_columns(p) for b, p in zip(self.batches, ahead, strict=True)]
 
@@ -107,24 +110,24 @@ class DenseSweep(Sweep):
         self,
         i: int,
         t: int,
-        stage: Stage | None,
+        turn: Turn | None,
         v: Tensor,
         k: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The value at a player's input from ``V_h`` and ``V_hh`` at its output."""
         batch = self.batches[i]
         g = batch.g[t]
-        metric = None if stage is None else stage.metric
-        if stage is None or metric is None or self.rule == "off":
+        metric = None if turn is None else turn.metric
+        if turn is None or metric is None or self.rule == "off":
             v_x, k_x = g.pull(v), g.pull_matrix(k)
         elif self.order == 2:
-            share = batch.weight * stage.mover.scale if self.rule == "share" else 1.0
-            mixed = self.mixed[stage.player][i]
+            share = batch.weight * turn.mover.scale if self.rule == "share" else 1.0
+            mixed = self.mixed[turn.player][i]
             v_x, k_x = second_order.pull_back(
-                self.rule, _dense(batch, stage), metric, g, v, k, mixed, share, stage.probe
+                self.rule, _dense(batch, turn), metric, g, v, k, mixed, share, turn.probe
             )
         else:
-            v, k = self._pull(batch, stage, metric, v, k)
+            v, k = self._pull(batch, Group([turn]), v, k)
             v_x, k_x = g.pull(v), g.pull_matrix(k)
         k_x = _symmetric(k_x)
         if self.value_reg:
@@ -143,10 +146,10 @@ class DenseSweep(Sweep):
                     None if x is None else self._apart(b, t, x)
                     for b, x in zip(self.batches, states, strict=True)
                 ]
-            stage = self.stage_of.get(link.player)
+            turn = self.turn_of.get(link.player)
             delta: Params | None = None
-            if stage is not None:
-                delta = self._act(t, stage, differential)
+            if turn is not None:
+                delta = self._act(t, turn, differential)
             for i, batch in enumerate(self.batches):
                 dx = differential[i]
                 if delta is None and dx is None:
@@ -172,50 +175,51 @@ class DenseSweep(Sweep):
                 else:
                     assert moved is not None
                     states[i] = batch.s[t].push(moved)
-            if stage is not None:
+            if turn is not None:
                 self.path.append(list(reached))
 
     def _apart(self, batch: DenseBatch, t: int, x: Tensor) -> Tensor:
         difference = x - batch.chain.links[t].x
         return difference.reshape(batch.samples, -1).to(batch.v.dtype)
 
-    def _act(self, t: int, stage: Stage, dx: list[Tensor | None]) -> Params:
+    def _act(self, t: int, turn: Turn, dx: list[Tensor | None]) -> Params:
         """The move of one player, given the state differential at its input."""
         pushed = [
             None if x is None else b.g[t].push(x) for b, x in zip(self.batches, dx, strict=True)
         ]
-        position = self.stages.index(stage)
+        position = self.turns.index(turn)
         if self.order == 1 or self.rollout == "off" or all(x is None for x in dx):
-            return self.act(position, pushed)
+            self.act(self.groups[position], pushed)
+            return turn.delta
         excess = []
         extra: list[Params] = []
         for i, batch in enumerate(self.batches):
-            (v, k), x, moved = stage.values[i], dx[i], pushed[i]
+            (v, k), x, moved = turn.values[i], dx[i], pushed[i]
             assert x is not None and moved is not None
-            trace = _dense(batch, stage)
+            trace = _dense(batch, turn)
             raw = (k @ moved.unsqueeze(-1)).squeeze(-1)
             inputs = second_order.inputs_of(batch.chain.links[t], trace, x)
-            assert stage.metric is not None
-            ratio = second_order.ratio(trace, stage.metric, inputs, v, raw)
+            assert turn.metric is not None
+            ratio = second_order.ratio(trace, turn.metric, inputs, v, raw)
             factor = torch.ones_like(ratio)
-            if stage.bound is not None:
-                factor = torch.where(ratio > stage.bound, stage.bound / ratio, factor)
-            stage.feedback.append((ratio, ratio * factor))
+            if turn.bound is not None:
+                factor = torch.where(ratio > turn.bound, turn.bound / ratio, factor)
+            turn.feedback.append((ratio, ratio * factor))
             factor = factor[:, None]
             weights = batch.signal_weights(v + raw * factor)
-            excess.append(weights - batch.baseline(stage.player))
+            excess.append(weights - batch.baseline(turn.player))
             extra.append(second_order.shift(trace, inputs, batch.signal_weights(v * factor)))
         more = add_all(extra)
         if self.reduce is not None:
             more = self.reduce(more)
-        d = self.weighted(stage, excess)
-        d = tuple(torch.add(a, e, alpha=stage.mover.scale) for a, e in zip(d, more, strict=True))
-        stage.delta = stage.mover.move(stage.mover.masked(d), stage.bound)
-        return stage.delta
+        d = self.weighted(turn, excess)
+        d = tuple(torch.add(a, e, alpha=turn.mover.scale) for a, e in zip(d, more, strict=True))
+        turn.delta = turn.mover.move(turn.mover.masked(d), turn.bound)
+        return turn.delta
 
 
-def _dense(batch: DenseBatch, stage: Stage) -> DenseTrace:
-    trace = batch.traces[stage.player]
+def _dense(batch: DenseBatch, turn: Turn) -> DenseTrace:
+    trace = batch.traces[turn.player]
     assert isinstance(trace, DenseTrace)
     return trace
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocnopt.control.alignment import Round
 from ocnopt.control.batch import Batch
 from ocnopt.control.sweep import Sweep
 
@@ -45,17 +46,26 @@ class Diagnostics:
     Attributes:
         total: The whole step.
         players: One row per player, in forward order, by module name.
+        alignment: Which alignment of shortcuts and branches is in play; None where there is none
+            to choose.
+        rounds: Those of the bandit over alignments that have ended.
     """
 
     total: Row = field(default_factory=Row)
     players: dict[str, Row] = field(default_factory=dict)
+    alignment: int | None = None
+    rounds: tuple[Round, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {
+        values: dict[str, Any] = {
             "total": asdict(self.total),
             "players": {name: asdict(row) for name, row in self.players.items()},
         }
+        if self.alignment is not None:
+            values["alignment"] = self.alignment
+            values["rounds"] = [asdict(done) for done in self.rounds]
+        return values
 
 
 @dataclass
@@ -74,9 +84,9 @@ class Ledger:
     def of(cls, sweep: Sweep, reports: list[dict[str, float]], mean: bool) -> Ledger:
         """Keep what is small of a finished sweep."""
         return cls(
-            [stage.player.name or "(model)" for stage in sweep.stages],
+            [turn.player.name or "(model)" for turn in sweep.turns],
             reports,
-            [stage.feedback for stage in sweep.stages],
+            [turn.feedback for turn in sweep.turns],
             sweep.path,
             [_terminal(batch) for batch in sweep.batches],
             mean,

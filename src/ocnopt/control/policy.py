@@ -18,8 +18,9 @@ from ocnopt.control.batch import Batch
 from ocnopt.control.chain import replaced
 from ocnopt.control.dense import DenseTrace
 from ocnopt.control.dense_sweep import DenseSweep
-from ocnopt.control.sweep import Stage, Sweep
+from ocnopt.control.sweep import Sweep
 from ocnopt.control.trace import Trace
+from ocnopt.control.turns import Turn
 from ocnopt.errors import GraphError
 from ocnopt.layers.base import Params
 
@@ -103,18 +104,18 @@ class Policy:
 
     Args:
         sweep: The finished sweep.
-        stage: The player's stage in it.
+        turn: The player's turn in it.
         weights: Its parameters before the step.
     """
 
-    def __init__(self, sweep: Sweep, stage: Stage, weights: Params) -> None:
-        assert stage.metric is not None
-        self._player = stage.player
-        self._metric = stage.metric
+    def __init__(self, sweep: Sweep, turn: Turn, weights: Params) -> None:
+        assert turn.metric is not None
+        self._player = turn.player
+        self._metric = turn.metric
         self._weights = weights
         self._ridge = sweep.value_reg if isinstance(sweep, DenseSweep) else 0.0
         self._parts = [
-            part for i in range(len(sweep.batches)) if (part := _part(sweep, stage, i)) is not None
+            part for i in range(len(sweep.batches)) if (part := _part(sweep, turn, i)) is not None
         ]
 
     def __repr__(self) -> str:
@@ -279,9 +280,9 @@ class Policies(Mapping[str, Policy]):
         """The policies of a finished sweep, before its updates are applied."""
         return cls(
             [
-                Policy(sweep, stage, tuple(p.detach().clone() for p in stage.player.params))
-                for stage in sweep.stages
-                if stage.metric is not None
+                Policy(sweep, turn, tuple(p.detach().clone() for p in turn.player.params))
+                for turn in sweep.turns
+                if turn.metric is not None
             ]
         )
 
@@ -303,27 +304,27 @@ class Policies(Mapping[str, Policy]):
         return f"Policies({', '.join(self._by_name)})"
 
 
-def _part(sweep: Sweep, stage: Stage, i: int) -> _Part | None:
+def _part(sweep: Sweep, turn: Turn, i: int) -> _Part | None:
     batch = sweep.batches[i]
-    trace = batch.traces.get(stage.player)
+    trace = batch.traces.get(turn.player)
     if trace is None:
         return None
-    v, k = stage.values[i]
+    v, k = turn.values[i]
     if isinstance(sweep, DenseSweep):
-        link = next(e for e in sweep.batches[i].chain.links if e.player is stage.player)
-        values = sweep.states.get(stage.player)
-        mixed = sweep.mixed[stage.player][i] if stage.player in sweep.mixed else None
+        link = next(e for e in sweep.batches[i].chain.links if e.player is turn.player)
+        values = sweep.states.get(turn.player)
+        mixed = sweep.mixed[turn.player][i] if turn.player in sweep.mixed else None
 
         def given() -> tuple[Tensor, Tensor]:
             if values is None:
                 raise GraphError(
-                    f"the input of layer {stage.player.name!r} is not differentiable: it has no V_x"
+                    f"the input of layer {turn.player.name!r} is not differentiable: it has no V_x"
                 )
             return values[i]
 
         return _Part(batch, trace, link.x, v, k, given, mixed)
 
-    return _Part(batch, trace, trace.inputs[0], v, k, lambda: sweep.at_input(i, stage), None)
+    return _Part(batch, trace, trace.inputs[0], v, k, lambda: sweep.at_input(i, turn), None)
 
 
 def _as_matrix(k: Tensor) -> Tensor:

@@ -10,113 +10,50 @@ cost directions. In the linear rollout that is the sum over those players of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ocnopt.control.batch import Batch
 from ocnopt.control.bellman import PROPORTIONAL, pull_back, pull_back_all, pull_back_joint
-from ocnopt.control.players import Player
+from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.trace import outer_norms
-from ocnopt.curvature.metric import Metric
+from ocnopt.control.turns import Group, Turn
 from ocnopt.layers.base import Params, add_all
 
-__all__ = ["Stage", "Sweep"]
-
-
-class Mover(Protocol):
-    """How a player's parameters move: the optimizer's side of a stage."""
-
-    params: list[Tensor]
-    states: list[dict[str, Any]]
-    scale: float
-    #: Whether the players' own gradients are not in :meth:`base`.
-    partial: bool
-    #: Whether the loop did more than rescale the gradient.
-    edited: bool
-    report: dict[str, float]
-
-    @property
-    def plain(self) -> bool:
-        """Whether M = I."""
-
-    @property
-    def only_rate(self) -> float | None:
-        """The learning rate, where the move is the direction times it and nothing else."""
-
-    def observe(
-        self,
-        mean: Callable[[], Params],
-        factors: Callable[[], tuple[Tensor, Tensor]],
-        samples: int,
-    ) -> Metric:
-        """Update the preconditioner with the Bellman objective."""
-
-    def probe(self, mean: Params) -> Params:
-        """The open-loop step ``-eta M^-1 E[Q_u]``."""
-
-    def base(self) -> Params | None:
-        """The gradient as the loop left it; None where autograd formed none."""
-
-    def masked(self, d: Params) -> Params:
-        """The direction without the entries that the loop has set to zero in the gradient."""
-
-    def move(self, d: Params, bound: float | None = None) -> Params:
-        """The parameters' change for the direction d, feedback bounded by ``bound``."""
-
-
-@dataclass
-class Stage:
-    """A player within one step.
-
-    Attributes:
-        player: The player.
-        mover: How its parameters move.
-        bound: Bound on feedback relative to the open-loop term, or None.
-        values: v and K at its output, per batch.
-        feedback: Per batch: what the policy asked for and what the bound let through, as ratios to
-            the open-loop term, or followed by the term itself.
-        delta: The parameters' change.
-        metric: The preconditioner's inverse.
-        probe: The batch's open-loop step, for the recursion "joint".
-    """
-
-    player: Player
-    mover: Mover
-    bound: float | None
-    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    feedback: list[tuple[Tensor, ...] | None] = field(default_factory=list)
-    delta: Params = ()
-    metric: Metric | None = None
-    probe: Params | None = None
+__all__ = ["Sweep"]
 
 
 class Sweep:
-    """The two passes over the stages of a step.
+    """The two passes over the turns of a step.
 
     Args:
-        stages: Players with gradients, in forward order.
+        turns: Players with gradients, in forward order.
         batches: Recorded samples.
         rule: The recursion.
         rollout: "linear", "nonlinear" or "off".
         curvature: What M is built from: "gradient", or "value" (Q_u and V_h, Table 2).
         reduce: Averages tensors over data-parallel processes, or None.
         total: Sums a number over processes, or None.
+        groups: The turns by stage of the game; None where every player has a stage of its own.
+        fictitious: A player without parameters at every stage, or None.
     """
 
     def __init__(
         self,
-        stages: list[Stage],
+        turns: list[Turn],
         batches: list[Batch],
         rule: str,
         rollout: str,
         curvature: str = "gradient",
         reduce: Callable[[Params], Params] | None = None,
         total: Callable[[Params], Params] | None = None,
+        groups: list[Group] | None = None,
+        fictitious: Fictitious | None = None,
     ) -> None:
-        self.stages = stages
+        self.turns = turns
+        self.groups = [Group([turn]) for turn in turns] if groups is None else groups
+        self.fictitious = fictitious
         self.batches = batches
         self.rule = rule
         self.rollout = rollout
@@ -130,23 +67,23 @@ class Sweep:
             (count,) = total((batches[0].v.new_tensor(float(self.samples)),))
             self.samples = int(count)
 
-    def weighted(self, stage: Stage, excess: list[Tensor], factor: float = 1.0) -> Params:
+    def weighted(self, turn: Turn, excess: list[Tensor], factor: float = 1.0) -> Params:
         """The gradient, plus the sum over batches and processes of ``P_u`` times the excess.
 
         Args:
-            stage: The stage.
+            turn: The turn.
             excess: Coefficients of the recorded columns beyond those of the gradient, per batch.
             factor: Multiplies the result.
         """
-        base, scale = stage.mover.base(), stage.mover.scale
+        base, scale = turn.mover.base(), turn.mover.scale
         found = [
             (batch, trace, c)
             for batch, c in zip(self.batches, excess, strict=True)
-            if (trace := batch.traces.get(stage.player)) is not None
+            if (trace := batch.traces.get(turn.player)) is not None
         ]
-        if stage.mover.partial:
+        if turn.mover.partial:
             formed = add_all(
-                [t.weighted((c + b.baseline(stage.player)).mul_(factor)) for b, t, c in found]
+                [t.weighted((c + b.baseline(turn.player)).mul_(factor)) for b, t, c in found]
             )
             if base is None:
                 return formed
@@ -163,211 +100,294 @@ class Sweep:
             for b, p in zip(base, local, strict=True)
         )
 
-    def _gradient(self, stage: Stage) -> Params:
+    def _gradient(self, turn: Turn) -> Params:
         """The plain gradient."""
-        base = stage.mover.base()
-        if base is not None and not stage.mover.partial:
+        base = turn.mover.base()
+        if base is not None and not turn.mover.partial:
             return base
-        return self.weighted(stage, [torch.zeros_like(batch.v) for batch in self.batches])
+        return self.weighted(turn, [torch.zeros_like(batch.v) for batch in self.batches])
 
     def backward(self) -> None:
         """Lines 6 to 13 of Algorithm 3: values and preconditioners, last player to first."""
         if self._backward_together():
             return
         values = [(batch.v, batch.k) for batch in self.batches]
-        for position in range(len(self.stages) - 1, -1, -1):
-            stage = self.stages[position]
-            stage.values = values
-            metric = self._observe(stage)
-            if self.rule == "off" or position == 0:
+        for group in reversed(self.groups):
+            if self.fictitious is not None:
+                values = [
+                    self.fictitious.eliminate(batch, group, v, k)
+                    for batch, (v, k) in zip(self.batches, values, strict=True)
+                ]
+            for turn in group.turns:
+                turn.values = values
+                self._observe(turn)
+            for party in group.parties:
+                party.observe(self._cross)
+            if self.rule == "joint":
+                self._probe(group)
+            if self.rule == "off" or group is self.groups[0]:
                 continue  # no player before the first asks for its value
             values = [
-                self._pull(batch, stage, metric, v, k)
+                self._pull(batch, group, v, k)
                 for batch, (v, k) in zip(self.batches, values, strict=True)
             ]
 
-    def _observe(self, stage: Stage) -> Metric:
+    def _value_mean(self, turn: Turn) -> Params:
+        """``E[Q_u]``."""
+        if all(v is batch.v for batch, (v, _) in zip(self.batches, turn.values, strict=True)):
+            return self._gradient(turn)  # the value is the cost's own
+        excess = [
+            batch.signal_weights(v) - batch.baseline(turn.player)
+            for batch, (v, _) in zip(self.batches, turn.values, strict=True)
+        ]
+        return self.weighted(turn, excess)
+
+    def _probe(self, group: Group) -> None:
+        """The batch's open-loop steps ``k``."""
+        means = {id(turn): self._value_mean(turn) for turn in group.turns}
+        for party in group.parties:
+            solved = party.solve([means[id(turn)] for turn in party.turns])
+            for turn, u in zip(party.turns, solved, strict=True):
+                turn.probe = turn.mover.scaled(u)
+        for turn in group.turns:
+            if turn.probe is None:
+                turn.probe = turn.mover.probe(means[id(turn)])
+
+    def _observe(self, turn: Turn) -> None:
         """Update a player's preconditioner."""
 
-        def value_mean() -> Params:
-            if all(v is batch.v for batch, (v, _) in zip(self.batches, stage.values, strict=True)):
-                return self._gradient(stage)  # the value is the cost's own
-            excess = [
-                batch.signal_weights(v) - batch.baseline(stage.player)
-                for batch, (v, _) in zip(self.batches, stage.values, strict=True)
-            ]
-            return self.weighted(stage, excess)
-
         def mean() -> Params:
-            return self._gradient(stage) if self.curvature == "gradient" else value_mean()
+            return self._gradient(turn) if self.curvature == "gradient" else self._value_mean(turn)
 
         def factors() -> tuple[Tensor, Tensor]:
-            return self._factors(stage)
+            return self._factors(turn)
 
-        samples = self.samples // stage.player.layer.networks
-        stage.metric = stage.mover.observe(mean, factors, samples)
-        if self.rule == "joint":
-            stage.probe = stage.mover.probe(value_mean())
-        return stage.metric
+        samples = self.samples // turn.player.layer.networks
+        turn.metric = turn.mover.observe(mean, factors, samples)
 
     def _backward_together(self) -> bool:
-        """All stages at once where M = I, samples have one location and the rank is one.
+        """All turns at once where M = I, samples have one location and the rank is one.
 
         Small networks spend their time on the number of operations; this makes it independent of
-        the number of layers. Returns False where the stages are not of that kind.
+        the number of layers. Returns False where the turns are not of that kind.
         """
-        if self.rule not in ("share", "sample") or len(self.batches) != 1:
+        if self.rule not in ("share", "sample") or len(self.batches) != 1 or self.fictitious:
             return False
         batch = self.batches[0]
-        traces = [batch.traces.get(stage.player) for stage in self.stages]
+        traces = [batch.traces.get(turn.player) for turn in self.turns]
         if (
             batch.rank > 1
             or not isinstance(batch.lift, float)
             or not all(
-                stage.mover.plain and trace is not None and trace.single
-                for stage, trace in zip(self.stages, traces, strict=True)
+                turn.mover.plain and trace is not None and trace.single
+                for turn, trace in zip(self.turns, traces, strict=True)
             )
         ):
             return False
-        metrics = [stage.mover.observe(_no_mean, _no_factors, 0) for stage in self.stages]
-        for stage, metric in zip(self.stages, metrics, strict=True):
-            stage.metric = metric
-        if len(traces) == 1:
-            self.stages[0].values = [(batch.v, batch.k)]
-            return True
-        later = [trace for trace in traces[1:] if trace is not None]
-        s = outer_norms(later, metrics[1:]).to(batch.v.dtype)  # (B, players after the first)
-        share: Tensor | float = 1.0
-        if self.rule == "share":
-            weights = [batch.weight * stage.mover.scale for stage in self.stages[1:]]
-            share = weights[0] if len(set(weights)) == 1 else s.new_tensor(weights)
-        values = pull_back_all(batch.v, batch.k, s * (share * batch.lift * batch.lift))
-        for stage, (v, k) in zip(self.stages, values, strict=True):
-            stage.values = [(v, k)]
+        for turn in self.turns:
+            turn.metric = turn.mover.observe(_no_mean, _no_factors, 0)
+        first = len(self.groups[0].turns)
+        values = [(batch.v, batch.k)]
+        if len(self.groups) > 1:
+            later = [trace for trace in traces[first:] if trace is not None]
+            metrics = [turn.metric for turn in self.turns[first:] if turn.metric is not None]
+            s = outer_norms(later, metrics).to(batch.v.dtype)  # (B, players after the first stage)
+            share: Tensor | float = 1.0
+            if self.rule == "share":
+                weights = [batch.weight * turn.mover.scale for turn in self.turns[first:]]
+                share = weights[0] if len(set(weights)) == 1 else s.new_tensor(weights)
+            s = s * (share * batch.lift * batch.lift)
+            if len(later) > len(self.groups) - 1:  # players of one stage answer as one
+                sizes = [len(group.turns) for group in self.groups[1:]]
+                s = torch.stack([part.sum(1) for part in s.split(sizes, 1)], 1)
+            values = pull_back_all(batch.v, batch.k, s)
+        for group, value in zip(self.groups, values, strict=True):
+            for turn in group.turns:
+                turn.values = [value]
         return True
 
-    def _pull(
-        self, batch: Batch, stage: Stage, metric: Metric, v: Tensor, k: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        trace = batch.traces.get(stage.player)
-        if trace is None:
+    def _pull(self, batch: Batch, group: Group, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Through a stage: with one value for all, what its players answer adds up."""
+        if self.rule == "joint":
+            moves = [
+                batch.own(trace.dots(turn.probe))
+                for turn in group.turns
+                if (trace := batch.traces.get(turn.player)) is not None and turn.probe is not None
+            ]
+            return pull_back_joint(v, k, add_up(moves)) if moves else (v, k)
+        # Gram matrices, each with the factor by which the loop has scaled its players' gradients.
+        grams: list[tuple[Tensor, float]] = []
+        apart = group.turns
+        for party in group.parties:
+            together = party.gram(batch)
+            if together is not None:
+                grams.append((together, party.turns[0].mover.scale))
+                apart = [turn for turn in apart if turn not in party.turns]
+        for turn in apart:
+            trace = batch.traces.get(turn.player)
+            if trace is not None and turn.metric is not None:
+                grams.append((trace.gram(turn.metric), turn.mover.scale))
+        if not grams:
             return v, k
-        if stage.probe is not None:
-            return pull_back_joint(v, k, batch.own(trace.dots(stage.probe)))
-        s = batch.own_gram(trace.gram(metric))
-        return pull_back(self.rule, v, k, s, batch.weight * stage.mover.scale)
+        scale = grams[0][1]
+        if self.rule == "share" and any(other != scale for _, other in grams):
+            grams, scale = [(s * own, 1.0) for s, own in grams], 1.0
+        total = batch.own_gram(add_up([s for s, _ in grams]))
+        return pull_back(self.rule, v, k, total, batch.weight * scale)
 
-    def at_input(self, i: int, stage: Stage) -> tuple[Tensor, Tensor]:
+    def at_input(self, i: int, turn: Turn) -> tuple[Tensor, Tensor]:
         """The value's coefficients at a player's input, in batch i."""
-        v, k = stage.values[i]
-        if self.rule == "off" or stage.metric is None:
+        v, k = turn.values[i]
+        if self.rule == "off" or turn.metric is None:
             return v, k
-        return self._pull(self.batches[i], stage, stage.metric, v, k)
+        group = next(group for group in self.groups if turn in group.turns)
+        return self._pull(self.batches[i], group, v, k)
 
-    def _factors(self, stage: Stage) -> tuple[Tensor, Tensor]:
+    def _factors(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """``E[a a^T]`` over samples and locations; locations times ``E[V_h V_h^T]``."""
+        return self._cross(turn, turn)
+
+    def _cross(self, one: Turn, other: Turn) -> tuple[Tensor, Tensor]:
+        """``E[a_n a_m^T]`` over samples and locations; locations times ``E[V_h,n V_h,m^T]``."""
         a_sum = b_sum = None
         rows_seen = 0
-        for batch, (v, _) in zip(self.batches, stage.values, strict=True):
-            trace = batch.traces.get(stage.player)
-            if trace is None:
+        for i in range(len(self.batches)):
+            mine = self._rows_and_cols(i, one)
+            theirs = mine if other is one else self._rows_and_cols(i, other)
+            if mine is None or theirs is None:
                 continue
-            if self.curvature == "gradient":
-                v = batch.gradient_values(stage.player)
-            rows, cols = trace.rows_and_cols(batch.signal_own(v), 1.0)
+            (rows, cols), (other_rows, other_cols) = mine, theirs
             rows_seen += rows.shape[0] * rows.shape[1]
-            a = trace.layer.second_moment(rows.to(trace.dtype))
-            b = trace.layer.second_moment(cols.to(trace.dtype))
+            layer = one.player.layer
+            a = layer.cross_moment(rows, other_rows)
+            b = layer.cross_moment(cols, other_cols)
             a_sum = a if a_sum is None else a_sum + a
             b_sum = b if b_sum is None else b_sum + b
         assert a_sum is not None and b_sum is not None
-        seen = a_sum.new_tensor([rows_seen])
+        count = a_sum.new_tensor([rows_seen])
         if self.total is not None:
-            a_sum, b_sum, seen = self.total((a_sum, b_sum, seen))
-        networks = stage.player.layer.networks
-        return a_sum / (seen / networks), b_sum / (self.samples / networks)
+            a_sum, b_sum, count = self.total((a_sum, b_sum, count))
+        networks = one.player.layer.networks
+        return a_sum / (count / networks), b_sum / (self.samples / networks)
+
+    def _rows_and_cols(self, i: int, turn: Turn) -> tuple[Tensor, Tensor] | None:
+        """Inputs and value signals of batch i as Kronecker factors see them."""
+        batch = self.batches[i]
+        trace = batch.traces.get(turn.player)
+        if trace is None:
+            return None
+        v, _ = turn.values[i]
+        if self.curvature == "gradient":
+            v = batch.gradient_values(turn.player)
+        rows, cols = trace.rows_and_cols(batch.signal_own(v), 1.0)
+        return rows.to(trace.dtype), cols.to(trace.dtype)
 
     def forward(self) -> None:
-        """Lines 14 to 18 of Algorithm 3 in linear form: moves, first player to last."""
-        for position in range(len(self.stages)):
-            self.act(position, self.rho)
-            self.follow(position)
+        """Lines 14 to 18 of Algorithm 3 in linear form: moves, first stage to last."""
+        for group in self.groups:
+            self.act(group, self.rho)
+            self.follow(group)
 
-    def act(self, position: int, rho: list[Tensor | None]) -> Params:
-        """The move of one player, given the cost directions at its turn.
+    def act(self, group: Group, rho: list[Tensor | None]) -> None:
+        """The moves of one stage's players, given the cost directions at their turn.
 
         Args:
-            position: Index among the stages.
+            group: The stage.
             rho: Per batch (B,) or (B, r); None where nothing has moved yet.
         """
-        stage = self.stages[position]
+        apart = group.turns
+        for party in group.parties:
+            wanted = []
+            for turn in party.turns:
+                excess, idle = self._excess(turn, rho)
+                d = self._gradient(turn) if idle else self._edited(turn, excess)
+                wanted.append(turn.mover.limited(d, None if idle else turn.bound))
+            for turn, u in zip(party.turns, party.solve(wanted), strict=True):
+                turn.delta = turn.mover.finish(u)
+            apart = [turn for turn in apart if turn not in party.turns]
+        for turn in apart:
+            excess, idle = self._excess(turn, rho)
+            rate = turn.mover.only_rate
+            if rate is not None and not idle:
+                turn.delta = self.weighted(turn, excess, -rate)
+            else:
+                d = self._gradient(turn) if idle else self._edited(turn, excess)
+                turn.delta = turn.mover.move(d, None if idle else turn.bound)
+
+    def _edited(self, turn: Turn, excess: list[Tensor]) -> Params:
+        return turn.mover.masked(self.weighted(turn, excess))
+
+    def _excess(self, turn: Turn, rho: list[Tensor | None]) -> tuple[list[Tensor], bool]:
+        """What the policy asks for beyond the gradient, per batch; whether that is nothing."""
         excess = []
         idle = True
         for i, batch in enumerate(self.batches):
-            v, k = stage.values[i]
+            v, k = turn.values[i]
             moved = rho[i] if self.rollout != "off" else None
             if moved is None:
-                stage.feedback.append(None)
-                excess.append(batch.signal_weights(v) - batch.baseline(stage.player))
+                turn.feedback.append(None)
+                excess.append(batch.signal_weights(v) - batch.baseline(turn.player))
                 idle = idle and v is batch.v
                 continue
             idle = False
             if batch.rank == 1:
-                excess.append(self._feedback(stage, batch, v, k, moved))
+                excess.append(self._feedback(turn, batch, v, k, moved))
             else:
-                x = v + self._feedback_columns(stage, batch, v, k, moved)
-                excess.append(batch.signal_weights(x) - batch.baseline(stage.player))
-        rate = stage.mover.only_rate
-        if rate is not None and not idle:
-            stage.delta = self.weighted(stage, excess, -rate)
-        else:
-            d = self._gradient(stage) if idle else stage.mover.masked(self.weighted(stage, excess))
-            stage.delta = stage.mover.move(d, None if idle else stage.bound)
-        return stage.delta
+                x = v + self._feedback_columns(turn, batch, v, k, moved)
+                excess.append(batch.signal_weights(x) - batch.baseline(turn.player))
+        return excess, idle
 
-    def _feedback(self, stage: Stage, batch: Batch, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:
+    def _feedback(self, turn: Turn, batch: Batch, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:
         """``v - 1 + clip(K rho)`` at rank one."""
-        bound = stage.bound
+        bound = turn.bound
         if self.rule in PROPORTIONAL:
             # K / v is the terminal one at every player: the clipped ratio is a number per sample.
             ratio = batch.k * rho
             clipped = ratio if bound is None else ratio.clamp(-bound, bound)
-            stage.feedback.append((ratio, clipped))
+            turn.feedback.append((ratio, clipped))
             return torch.addcmul(v - 1, v, clipped)
         raw = applied = k * rho
         if bound is not None:
             limit = v.abs() * bound
             applied = torch.clamp(raw, -limit, limit)
-        stage.feedback.append((raw, applied, v))
+        turn.feedback.append((raw, applied, v))
         return v + (applied - 1)
 
     def _feedback_columns(
-        self, stage: Stage, batch: Batch, v: Tensor, k: Tensor, rho: Tensor
+        self, turn: Turn, batch: Batch, v: Tensor, k: Tensor, rho: Tensor
     ) -> Tensor:
         """``K rho``, bounded relative to the sample's open-loop term, at rank r."""
         raw = (k @ rho.unsqueeze(-1)).squeeze(-1)
-        trace = batch.traces.get(stage.player)
+        trace = batch.traces.get(turn.player)
         if trace is None:
-            stage.feedback.append(None)
+            turn.feedback.append(None)
             return raw
         ratio = trace.ratio(batch.signal_own(v), batch.signal_own(raw))
         factor = torch.ones_like(ratio)
-        if stage.bound is not None:
-            factor = torch.where(ratio > stage.bound, stage.bound / ratio, factor)
-        stage.feedback.append((ratio, ratio * factor))
+        if turn.bound is not None:
+            factor = torch.where(ratio > turn.bound, turn.bound / ratio, factor)
+        turn.feedback.append((ratio, ratio * factor))
         return raw * factor[:, None]
 
-    def follow(self, position: int) -> None:
-        """Carry the cost directions past a player's move."""
-        stage = self.stages[position]
-        for i, batch in enumerate(self.batches):
-            trace = batch.traces.get(stage.player)
-            if trace is None:
-                continue
-            moved = batch.own(trace.dots(stage.delta))
-            before = self.rho[i]
-            self.rho[i] = moved if before is None else before + moved
-        self.path.append(list(self.rho))
+    def follow(self, group: Group) -> None:
+        """Carry the cost directions past a stage's moves."""
+        for turn in group.turns:
+            for i, batch in enumerate(self.batches):
+                trace = batch.traces.get(turn.player)
+                if trace is None:
+                    continue
+                moved = batch.own(trace.dots(turn.delta))
+                before = self.rho[i]
+                self.rho[i] = moved if before is None else before + moved
+            self.path.append(list(self.rho))
+
+
+def add_up(parts: list[Tensor]) -> Tensor:
+    """Their sum."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _no_mean() -> Params:

@@ -14,6 +14,17 @@ from ocnopt.layers.linear import LinearLayer
 __all__ = ["Trace", "outer_norms"]
 
 
+#: Every sample.
+ALL = slice(None)
+
+
+def _rows(part: slice, fold: int) -> slice:
+    """Rows of a tensor that hold the given samples."""
+    if part is ALL or fold == 1:
+        return part
+    return slice(part.start * fold, part.stop * fold)
+
+
 class Trace:
     """Linear maps of one player over one pass of ``B`` samples.
 
@@ -81,15 +92,26 @@ class Trace:
         known = [] if self.gradients is None else [self.gradients]
         self.gradients = add_all(known + self._formed())
 
-    def _formed(self) -> list[Params]:
+    def _formed(self, part: slice = ALL) -> list[Params]:
         return [
-            self.layer.column_gradients(a, p, fold)
+            self.layer.column_gradients(a[rows], p[:, rows], fold)
             for a, p, fold in zip(self.features, self.columns, self.folds, strict=True)
+            for rows in (_rows(part, fold),)
         ]
 
-    def sample_columns(self) -> Params:
-        """``P_u`` of every sample, (B, r, *parameter) each."""
-        return self.gradients if self.gradients is not None else add_all(self._formed())
+    def sample_columns(self, part: slice = ALL) -> Params:
+        """``P_u`` of every sample, (B, r, *parameter) each; of some of them where asked for."""
+        if self.gradients is not None:
+            return self.gradients if part is ALL else tuple(g[part] for g in self.gradients)
+        return add_all(self._formed(part))
+
+    @property
+    def locations(self) -> int:
+        """Locations per sample, over all calls; 0 where signals were not kept."""
+        return sum(
+            fold * self.layer.cols(p[0]).shape[1]
+            for p, fold in zip(self.columns, self.folds, strict=True)
+        )
 
     def _spread(self, coefficients: Tensor, columns: Tensor, fold: int) -> Tensor:
         """``sum_k coefficients_k P_k`` as one signal, (B * fold, *)."""
@@ -180,6 +202,13 @@ class Trace:
             out = self.layer.gram(self.features[0], self.columns[0], metric, self.folds[0])
         out = out.to(self.dtype)
         return out[:, 0, 0] if self.rank == 1 else out
+
+    def signal_squares(self) -> Tensor:
+        """``|P_h|^2`` of every sample at rank one, over all locations and calls, (B,)."""
+        total = torch.zeros(self.samples, dtype=self.dtype, device=self.columns[0].device)
+        for p in self.columns:
+            total += p[0].reshape(self.samples, -1).to(self.dtype).square().sum(-1)
+        return total
 
     def ratio(self, open_loop: Tensor, feedback: Tensor) -> Tensor:
         """Size of every sample's feedback relative to its open-loop term.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factorization", "eigenbasis", "spd_factor", "spd_inverse"]
+__all__ = ["Factorization", "eigenbasis", "singular_bases", "spd_factor", "spd_inverse"]
 
 #: Damping is raised tenfold at most this often before double precision is tried.
 RAISES = 6
@@ -85,17 +85,39 @@ def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None)
 
 
 def spd_factor(matrix: Tensor) -> Tensor | None:
-    """The Cholesky factor of a matrix (n, n), for callers that answer a failure themselves.
+    """The Cholesky factor of a matrix (..., n, n), for callers that answer a failure themselves.
 
     Returns:
-        The lower factor; None unless the matrix is positive definite beyond rounding.
+        The lower factor; None unless every matrix is positive definite beyond rounding.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):
         return None
-    floor = torch.finfo(matrix.dtype).eps * matrix.diagonal().max()
-    pivots = factor.diagonal().square()
-    return factor if bool((pivots > floor).all()) else None
+    floor = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    return factor if bool((pivots > floor.unsqueeze(-1)).all()) else None
+
+
+def singular_bases(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``U, s, V`` with ``matrix = U diag(s) V^T``, for callers that answer a failure themselves.
+
+    Args:
+        matrix: (groups, n, m).
+
+    Returns:
+        (groups, n, k), (groups, k) and (groups, m, k) with k the smaller of n and m.
+
+    Raises:
+        ValueError: The decomposition fails in double precision too.
+    """
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            u, s, vh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
+        except RuntimeError:
+            continue
+        if bool(torch.isfinite(u).all()) and bool(torch.isfinite(vh).all()):
+            return u.to(matrix.dtype), s.to(matrix.dtype), vh.mT.to(matrix.dtype)
+    raise ValueError("a matrix has no singular vectors that are finite")
 
 
 def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:

@@ -14,7 +14,7 @@ from ocnopt.curvature.metric import Eigen, Kronecker, Metric
 
 
 @dataclass(frozen=True)
-class _Factored(Preconditioner):
+class Factored(Preconditioner):
     """Running Kronecker factors ``A = E[a a^T]`` and ``B = locations * E[V_h V_h^T]``.
 
     Args:
@@ -40,6 +40,10 @@ class _Factored(Preconditioner):
         state["step"] = count + 1
         return bool(count % self.update_every == 0)
 
+    def refreshed(self, state: State) -> bool:
+        """Whether the last observation updated the factors."""
+        return bool((state["step"] - 1) % self.update_every == 0)
+
     def _update_factors(self, seen: Observation, state: State) -> tuple[Tensor, Tensor]:
         assert seen.factors is not None
         for key, batch in zip(("A", "B"), seen.factors(), strict=True):
@@ -54,7 +58,7 @@ class _Factored(Preconditioner):
 
 
 @dataclass(frozen=True)
-class KFAC(_Factored):
+class KFAC(Factored):
     """``M = (A + pi sqrt(damping) I) (x) (B + sqrt(damping)/pi I)`` (Martens & Grosse 2015).
 
     ``pi^2`` is the ratio of the factors' mean eigenvalues.
@@ -88,7 +92,7 @@ class KFAC(_Factored):
 
 
 @dataclass(frozen=True)
-class EKFAC(_Factored):
+class EKFAC(Factored):
     """Eigenbasis of ``A (x) B`` with corrected eigenvalues (George et al. 2018).
 
     ``m2 <- eigen_decay m2 + (1 - eigen_decay) N (U_B^T E[Q_u] U_A)^2`` at every step, started

@@ -146,9 +146,13 @@ class Layer(ABC):
         """Inverse of :meth:`to_matrix`."""
         raise TypeError(f"{self.kind} has no Kronecker factors")
 
+    def cross_moment(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of outer products ``x y^T`` over samples and locations."""
+        raise TypeError(f"{self.kind} has no Kronecker factors")
+
     def second_moment(self, x: Tensor) -> Tensor:
         """Sum of outer products over samples and locations."""
-        raise TypeError(f"{self.kind} has no Kronecker factors")
+        return self.cross_moment(x, x)
 
 
 class MatrixLayer(Layer):
@@ -180,10 +184,10 @@ class MatrixLayer(Layer):
             return (bias,)
         return matrix[..., :-1].reshape(*lead, *self.shapes[0]), bias
 
-    def second_moment(self, x: Tensor) -> Tensor:
-        """Sum of outer products of (B, L, groups, n) over B and L: (groups, n, n)."""
-        flat = x.reshape(-1, *x.shape[2:]).transpose(0, 1)
-        return flat.transpose(1, 2) @ flat
+    def cross_moment(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of ``x y^T`` of (B, L, groups, n) and (B, L, groups, m): (groups, n, m)."""
+        left, right = (z.reshape(-1, *z.shape[2:]).transpose(0, 1) for z in (x, y))
+        return left.transpose(1, 2) @ right
 
     def homogeneous(self, rows: Tensor) -> Tensor:
         """Append the constant one of ``[a; 1]`` as this player's parameters ask for it."""

@@ -148,7 +148,7 @@ class StackedLinearLayer(LinearLayer):
         """Every sample its own network's."""
         return values.repeat_interleave(samples // self.networks, 0)
 
-    def second_moment(self, x: Tensor) -> Tensor:
-        """Per network: (B, L, 1, n) to (S, n, n)."""
-        own = x.reshape(self.networks, -1, x.shape[-1])
-        return own.mT @ own
+    def cross_moment(self, x: Tensor, y: Tensor) -> Tensor:
+        """Per network: (B, L, 1, n) and (B, L, 1, m) to (S, n, m)."""
+        left, right = (z.reshape(self.networks, -1, z.shape[-1]) for z in (x, y))
+        return left.mT @ right

@@ -2,8 +2,9 @@
 
 from ocnopt.optim.base import Coverage, ModelOptimizer
 from ocnopt.optim.ddpnopt import DDPNOpt
+from ocnopt.optim.dgnopt import DGNOpt
 from ocnopt.optim.emsa import EMSA
 from ocnopt.optim.kfac import EKFAC, KFAC
 from ocnopt.optim.vanilla_ddp import VanillaDDP
 
-__all__ = ["EKFAC", "EMSA", "KFAC", "Coverage", "DDPNOpt", "ModelOptimizer", "VanillaDDP"]
+__all__ = ["EKFAC", "EMSA", "KFAC", "Coverage", "DDPNOpt", "DGNOpt", "ModelOptimizer", "VanillaDDP"]

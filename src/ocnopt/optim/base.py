@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ocnopt.control.players import Player, Unowned, find_players
 from ocnopt.control.record import Recorder
-from ocnopt.control.sweep import Mover
+from ocnopt.control.turns import Mover
 from ocnopt.curvature import Preconditioner, preconditioner
 from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
 from ocnopt.layers import Params

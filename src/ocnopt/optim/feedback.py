@@ -16,14 +16,16 @@ from ocnopt.control.chain import require_apart, watch_chain
 from ocnopt.control.dense import DenseBatch, dense_batch
 from ocnopt.control.dense_sweep import DenseSweep
 from ocnopt.control.diagnostics import Diagnostics, Ledger
+from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
 from ocnopt.control.policy import Policies
 from ocnopt.control.record import Recorder
 from ocnopt.control.replay import as_seen, capture_setting, run_again
-from ocnopt.control.sweep import Stage, Sweep
+from ocnopt.control.sweep import Sweep
 from ocnopt.control.tape import Tape
 from ocnopt.control.terminal import TerminalCost
+from ocnopt.control.turns import Group, Turn
 from ocnopt.curvature import Identity, Preconditioner, preconditioner
 from ocnopt.errors import GraphError, OptionError, RecordingError
 from ocnopt.optim.base import ModelOptimizer
@@ -66,6 +68,7 @@ class FeedbackOptimizer(ModelOptimizer):
         value_reg: float = 0.0,
         dynamics_order: int = 1,
         keep_policy: bool = False,
+        fictitious: Fictitious | None = None,
     ) -> None:
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise OptionError(
@@ -112,6 +115,7 @@ class FeedbackOptimizer(ModelOptimizer):
         self.value_reg = value_reg
         self.dynamics_order = dynamics_order
         self.keep_policy = keep_policy
+        self.fictitious = fictitious
         self._policy: Policies | None = None
         own = getattr(criterion, "reduction", None)
         self.reduction = own if own in ("mean", "sum") else reduction
@@ -171,7 +175,8 @@ class FeedbackOptimizer(ModelOptimizer):
             _Watcher(self) if watch else None,
             self.keep_grad,
             compact=self.feedback_on
-            and not (factored or self.terminal.rank_r or self.full or self.keep_policy),
+            and not (factored or self.terminal.rank_r or self.full or self.keep_policy)
+            and self.fictitious is None,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -190,18 +195,20 @@ class FeedbackOptimizer(ModelOptimizer):
         self._steps += 1
         group_of = self._group_of()
         graded = [p for p in group_of if p.grad is not None]
-        stages, batches = self._stages(passes, graded, group_of)
+        turns, batches = self._turns(passes, graded, group_of)
         sweep: Sweep | None = None
-        movers = [stage.mover for stage in stages]
-        if stages:
-            sweep = self._sweep(stages, batches)
+        movers = [turn.mover for turn in turns]
+        if turns:
+            sweep = self._sweep(turns, batches)
             sweep.backward()
             if self.rollout == "nonlinear" and not self.full:
                 self._nonlinear(sweep, passes[0])
             else:
                 sweep.forward()
-        deltas = [stage.delta for stage in stages]
-        done = {p for stage in stages for p in stage.player.params}
+            turns = sweep.turns
+            movers = [turn.mover for turn in turns]
+        deltas = [turn.delta for turn in turns]
+        done = {p for turn in turns for p in turn.player.params}
         for mover in self._rest([p for p in graded if p not in done], group_of):
             mover.observe()
             movers.append(mover)
@@ -211,13 +218,13 @@ class FeedbackOptimizer(ModelOptimizer):
         self._policy = policy
         self._ledger = None
         if sweep is not None:
-            reports = [stage.mover.report for stage in stages]
+            reports = [turn.mover.report for turn in turns]
             self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
         if measured and passes:
             self._measure(passes)
 
-    def _sweep(self, stages: list[Stage], batches: list[Batch]) -> Sweep:
-        """The two passes over the stages, in coefficients or with matrices."""
+    def _sweep(self, turns: list[Turn], batches: list[Batch]) -> Sweep:
+        """The two passes over the turns, in coefficients or with matrices."""
         sharing = processes() > 1
         others = (
             self.curvature,
@@ -225,10 +232,21 @@ class FeedbackOptimizer(ModelOptimizer):
             sum_over if sharing else None,
         )
         if not self.full:
-            return Sweep(stages, batches, self.bellman, self.rollout, *others)
+            groups = self._stages(turns, batches)
+            if groups is not None:
+                turns = [turn for group in groups for turn in group.turns]
+            return Sweep(
+                turns,
+                batches,
+                self.bellman,
+                self.rollout,
+                *others,
+                groups=groups,
+                fictitious=self.fictitious,
+            )
         dense = [self._dense(batch) for batch in batches]
         return DenseSweep(
-            stages,
+            turns,
             dense,
             self.bellman,
             self.rollout,
@@ -237,6 +255,10 @@ class FeedbackOptimizer(ModelOptimizer):
             order=self.dynamics_order,
             to_input=self.keep_policy,
         )
+
+    def _stages(self, turns: list[Turn], batches: list[Batch]) -> list[Group] | None:
+        """The turns by stage of the network's game; None where each has a stage of its own."""
+        return None
 
     def _dense(self, batch: Batch) -> DenseBatch:
         """A batch with its chain: the forward pass is run once more and watched."""
@@ -286,12 +308,12 @@ class FeedbackOptimizer(ModelOptimizer):
                 "torch.no_grad() for evaluation"
             )
 
-    def _stages(
+    def _turns(
         self,
         passes: list[Pass],
         graded: list[Tensor],
         group_of: dict[Tensor, dict[str, Any]],
-    ) -> tuple[list[Stage], list[Batch]]:
+    ) -> tuple[list[Turn], list[Batch]]:
         """The players that take part in this step, in forward order, and their samples."""
         if self.recorder is None or not self.recorder.players:
             return [], []
@@ -317,7 +339,7 @@ class FeedbackOptimizer(ModelOptimizer):
                 stacklevel=4,
             )
         batches = [batch for batch in batches if batch.samples]
-        stages = []
+        turns = []
         for player in order:
             mine = [group_of[p] for p in player.params if p in group_of]
             if player in self._reasons or len(mine) < len(player.params):
@@ -335,7 +357,7 @@ class FeedbackOptimizer(ModelOptimizer):
             mover = ParamMover(
                 list(player.params), mine, states, rule, player.layer, not self.keep_grad
             )
-            stages.append(Stage(player, mover, mine[0]["feedback_clip"]))
+            turns.append(Turn(player, mover, mine[0]["feedback_clip"]))
         if not self.keep_grad:
             for player in expected:
                 if player in self._reasons:
@@ -351,8 +373,8 @@ class FeedbackOptimizer(ModelOptimizer):
         for player in self.players:
             if player not in order and player not in self._reasons:
                 self._reasons[player] = "it received no gradient in the last step"
-        measure_scales(stages, self.recorder)
-        return stages, batches
+        measure_scales(turns, self.recorder)
+        return turns, batches
 
     def _nothing_recorded(self, expected: list[Player]) -> None:
         raise RecordingError(
@@ -365,7 +387,7 @@ class FeedbackOptimizer(ModelOptimizer):
     def _rest(
         self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
     ) -> list[ParamMover]:
-        """Parameters without a stage: the first-order rule of their group's preconditioner."""
+        """Parameters without a turn: the first-order rule of their group's preconditioner."""
         by_group: dict[int, list[Tensor]] = {}
         for p in params:
             by_group.setdefault(id(group_of[p]), []).append(p)
@@ -386,20 +408,27 @@ class FeedbackOptimizer(ModelOptimizer):
         tape = recorded.tape
         assert tape is not None and recorded.inputs is not None
         assert recorded.setting is not None
-        places = {stage.player: i for i, stage in enumerate(sweep.stages)}
+        group_of = {turn.player: g for g in sweep.groups for turn in g.turns}
+        acted: set[int] = set()
+        passed: set[Player] = set()
         starts = {player: i for i, player in enumerate(tape.starts)}
-        backup = [(p, p.clone()) for stage in sweep.stages for p in stage.player.params]
+        backup = [(p, p.clone()) for turn in sweep.turns for p in turn.player.params]
 
-        def turn(player: Player) -> None:
-            position = places.get(player)
-            if position is None:
+        def on_start(player: Player) -> None:
+            group = group_of.get(player)
+            if group is None:
                 return
-            rho = tape.rho(starts[player], sweep.batches[0])
-            torch._foreach_add_(list(player.params), list(sweep.act(position, [rho])))
-            sweep.follow(position)
+            if id(group) not in acted:
+                _require_stage_order(sweep, group, passed)
+                acted.add(id(group))
+                sweep.act(group, [tape.rho(starts[player], sweep.batches[0])])
+                for turn in group.turns:
+                    torch._foreach_add_(list(turn.player.params), list(turn.delta))
+                sweep.follow(group)
+            passed.add(player)
 
         try:
-            run_again(self.model, recorded.setting, recorded.inputs, tape.second_pass(turn))
+            run_again(self.model, recorded.setting, recorded.inputs, tape.second_pass(on_start))
         finally:
             # The updates are applied for good together with all others, once they are known to
             # be finite.
@@ -444,6 +473,20 @@ class FeedbackOptimizer(ModelOptimizer):
         if self._policy is None:
             raise RecordingError("policy: there is none before the first step with feedback")
         return self._policy
+
+
+def _require_stage_order(sweep: Sweep, group: Group, passed: set[Player]) -> None:
+    """Raise unless the stages before this one are over, so that their state can be seen."""
+    for before in sweep.groups:
+        if before is group:
+            return
+        for turn in before.turns:
+            if turn.player not in passed:
+                raise GraphError(
+                    f"rollout='nonlinear' follows the order of calls, but the model calls layer "
+                    f"{group.turns[0].player.name!r} before {turn.player.name!r} of an earlier "
+                    "stage; choose another alignment, or rollout='linear'"
+                )
 
 
 class _Watcher:

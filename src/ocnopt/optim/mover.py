@@ -125,12 +125,23 @@ class ParamMover:
     def probe(self, mean: Params) -> Params:
         """The open-loop step ``-eta M^-1 E[Q_u]``."""
         assert self._metric is not None
-        return tuple(
-            part * -rate for part, rate in zip(self._metric.solve(mean), self.rates, strict=True)
-        )
+        return self.scaled(self._metric.solve(mean))
+
+    def scaled(self, u: Params) -> Params:
+        """``-eta u``, and nothing else."""
+        return tuple(part * -rate for part, rate in zip(u, self.rates, strict=True))
 
     def move(self, d: Params, bound: float | None = None) -> Params:
         """The parameters' change for the direction d; momentum is updated.
+
+        Args:
+            d: The direction.
+            bound: The bound on feedback, or None.
+        """
+        return self.finish(self.solve(self.limited(d, bound)))
+
+    def limited(self, d: Params, bound: float | None = None) -> Params:
+        """The direction as M is to see it: with weight decay where that comes first, and bounded.
 
         An adaptive M is small where samples cancel; what feedback adds need not cancel, and would
         make a step of any size. No entry of d may therefore exceed ``1 + bound`` times the entry
@@ -140,14 +151,20 @@ class ParamMover:
             d: The direction.
             bound: The bound on feedback, or None.
         """
-        assert self._metric is not None and self._seen is not None
-        first = self.preconditioner.decay_first
-        d = self._decayed(d) if first else d
+        d = self._decayed(d) if self.preconditioner.decay_first else d
         if bound is not None and self._mean is not None and self.preconditioner.adaptive:
             limits = [part.abs().mul_(1 + bound) for part in self._mean]
             d = tuple(part.clamp(-most, most) for part, most in zip(d, limits, strict=True))
-        u = self.preconditioner.direction(self._metric, self._seen, d)
-        if not first:
+        return d
+
+    def solve(self, d: Params) -> Params:
+        """``M^-1 d``, for a direction that was :meth:`limited`."""
+        assert self._metric is not None and self._seen is not None
+        return self.preconditioner.direction(self._metric, self._seen, d)
+
+    def finish(self, u: Params) -> Params:
+        """The parameters' change for ``u = M^-1 d``; momentum is updated."""
+        if not self.preconditioner.decay_first:
             u = self._decayed(u)
         out = []
         for part, group, state, rate in zip(u, self.groups, self.states, self.rates, strict=True):

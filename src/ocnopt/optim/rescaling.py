@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from ocnopt.control.record import Recorder, sample_of
-from ocnopt.control.sweep import Stage
+from ocnopt.control.turns import Turn
 from ocnopt.optim.parallel import mean_over, processes
 
 __all__ = ["measure_scales"]
 
 
-def measure_scales(stages: Sequence[Stage], recorder: Recorder) -> None:
+def measure_scales(turns: Sequence[Turn], recorder: Recorder) -> None:
     """Set every mover's scale: the factor by which clipping or unscaling changed its gradient.
 
     A change that is no common factor (a mask, a clip by value) marks the mover as edited.
@@ -22,9 +22,9 @@ def measure_scales(stages: Sequence[Stage], recorder: Recorder) -> None:
     what autograd made them.
     """
     pairs = [
-        (stage, made, sample_of(param))
-        for stage in stages
-        for param in stage.player.params
+        (turn, made, sample_of(param))
+        for turn in turns
+        for param in turn.player.params
         if param.grad is not None and (made := recorder.samples.get(param)) is not None
     ]
     if not pairs:
@@ -42,16 +42,16 @@ def measure_scales(stages: Sequence[Stage], recorder: Recorder) -> None:
     total = sum(squares)
     common = sum(products) / total if total > 0 else 1.0
     factors: dict[int, list[float]] = {}
-    for (stage, _, _), product, square in zip(pairs, products, squares, strict=True):
-        both = factors.setdefault(id(stage), [0.0, 0.0])
+    for (turn, _, _), product, square in zip(pairs, products, squares, strict=True):
+        both = factors.setdefault(id(turn), [0.0, 0.0])
         both[0] += product
         both[1] += square
-    for stage in stages:
-        product, square = factors.get(id(stage), (0.0, 0.0))
+    for turn in turns:
+        product, square = factors.get(id(turn), (0.0, 0.0))
         own = product / square if square > 0 else common
         # Rounding apart, clipping and unscaling have one factor for all players.
         close = abs(own - common) <= 1e-3 * abs(common)
-        stage.mover.scale = common if close else own
-    for (stage, _, now), old in zip(pairs, before.split(sizes), strict=True):
-        rest = now.double() - stage.mover.scale * old
-        stage.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())
+        turn.mover.scale = common if close else own
+    for (turn, _, now), old in zip(pairs, before.split(sizes), strict=True):
+        rest = now.double() - turn.mover.scale * old
+        turn.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())

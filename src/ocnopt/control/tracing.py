@@ -1,0 +1,267 @@
+"""A model's forward as a graph that can be run piece by piece.
+
+torch.fx reads the Python code and keeps player modules whole. Where it cannot (control flow on
+values or shapes, as in ``nn.TransformerEncoderLayer``), torch.export runs the model on example
+inputs and keeps the operations beneath the modules. A trace made with inputs is compared with the
+model on them: symbolic tracing can take a wrong turn without noticing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node, map_arg
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ocnopt.control.effects import INPLACE_OPERATORS
+from ocnopt.control.players import Player
+from ocnopt.control.undisturbed import Inputs, same_result, untouched
+from ocnopt.errors import GraphError
+
+__all__ = ["Traced", "call_key", "trace", "unwrapped"]
+
+
+class Traced:
+    """A model's forward as nodes in the program's order.
+
+    Args:
+        model: The model; parameters and buffers are read from it at every run.
+        graph: Its graph.
+        constants: What else the graph reads by name.
+        signature: Of the model's forward.
+        spec: Structure of the output where the graph returns a flat list, else None; then
+            placeholders stand for the flattened arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        constants: Mapping[str, Any],
+        signature: inspect.Signature,
+        spec: Any = None,
+    ) -> None:
+        self.model = model
+        self.graph = graph
+        self.constants = constants
+        self.signature = signature
+        self.spec = spec
+        self.modules = {
+            str(node.target): model.get_submodule(str(node.target))
+            for node in graph.nodes
+            if node.op == "call_module"
+        }
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Node, Any]:
+        """Values of the placeholders for a call of the model."""
+        bound = self.signature.bind(*args, **kwargs)
+        holders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        if self.spec is not None:
+            leaves = tree_flatten((bound.args, bound.kwargs))[0]
+            return dict(zip(holders, leaves, strict=True))
+        bound.apply_defaults()
+        return dict(zip(holders, bound.arguments.values(), strict=True))
+
+    def compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        """The result of a node that is neither placeholder nor output."""
+        args, kwargs = map_arg((node.args, node.kwargs), lambda x: self.value(x, values))
+        if node.op == "call_module":
+            return self.modules[str(node.target)](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def value(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        """The value of a node that was computed, or what the model or the trace holds."""
+        if node.op != "get_attr":
+            return values[node]
+        target = str(node.target)
+        if target in self.constants:
+            return self.constants[target]
+        return operator.attrgetter(target)(self.model)
+
+    def output(self, values: Mapping[Node, Any]) -> Any:
+        """What the model returns."""
+        (node,) = (node for node in self.graph.nodes if node.op == "output")
+        result = map_arg(node.args[0], lambda x: self.value(x, values))
+        return result if self.spec is None else tree_unflatten(list(result), self.spec)
+
+    def replay(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run every node in the program's order."""
+        values = self.bind(args, kwargs)
+        for node in self.graph.nodes:
+            if node.op.startswith("call"):
+                values[node] = self.compute(node, values)
+        return self.output(values)
+
+
+def trace(model: nn.Module, players: list[Player], inputs: Inputs | None) -> Traced:
+    """Trace a model in the mode it is in, and leave it as it was.
+
+    Args:
+        model: The model.
+        players: Its players, which symbolic tracing keeps whole.
+        inputs: Positional and keyword arguments of a call, or None.
+
+    Raises:
+        GraphError: The model cannot be traced.
+    """
+    model = unwrapped(model)
+    ways: dict[str, Callable[[], Traced]] = {"torch.fx": lambda: _symbolic(model, players, inputs)}
+    if inputs is not None:
+        ways["torch.export"] = lambda: _exported(model, inputs)
+    failures = []
+    with untouched(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for way, make in ways.items():
+            try:
+                traced = make()
+                # Exported operations are those of the model with gradients enabled.
+                with torch.set_grad_enabled(traced.spec is not None):
+                    if inputs is None or same_result(model, traced.replay, inputs):
+                        return traced
+                failures.append(f"{way}: the trace computes something else than the model")
+            except Exception as error:  # tracers raise whatever the model's code raises
+                text = str(error).strip() or type(error).__name__
+                failures.append(f"{way}: {text.splitlines()[0]}")
+    if inputs is None:
+        failures.append("torch.export: no example inputs were given")
+    raise GraphError(
+        f"the graph of {type(model).__name__} could not be traced ({'; '.join(failures)}). "
+        "Describe its stages by module names: Game.described(model, [['stem'], ['conv'], ...])"
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that compute the same: torch.compile, data parallelism."""
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        return unwrapped(compiled)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    return model
+
+
+def call_key(model: nn.Module, inputs: Inputs | None, shapes: bool) -> object:
+    """What a trace depends on: the mode, arguments that are no tensors, and perhaps shapes."""
+    model = unwrapped(model)
+    modes = tuple(module.training for module in model.modules())
+    arguments = _arguments(inspect.signature(model.forward), inputs)
+    plain = tuple((name, repr(x) if _plain(x) else "") for name, x in arguments.items())
+    if not shapes:
+        return modes, plain
+    leaves, spec = tree_flatten(arguments)
+    kinds = ((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in leaves)
+    return modes, plain, str(spec), tuple(kinds)
+
+
+def _arguments(signature: inspect.Signature, inputs: Inputs | None) -> dict[str, Any]:
+    """Arguments by name, defaults included; a required one that is not known is missing."""
+    if inputs is None:
+        return {
+            name: _MISSING if p.default is inspect.Parameter.empty else p.default
+            for name, p in signature.parameters.items()
+        }
+    bound = signature.bind(*inputs[0], **inputs[1])
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+_MISSING = object()
+
+
+def _plain(x: Any) -> bool:
+    return x is None or isinstance(x, bool | int | float | str)
+
+
+# The two ways
+
+
+class _Proxy(fx.Proxy):
+    """A stand-in that records ``x += y`` and ``x[i] = y`` as the writes in place that they are."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _inplace(name: str) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        function = getattr(operator, name)
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in INPLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _inplace(_name))
+
+
+class _Tracer(fx.Tracer):
+    """Keeps players whole, and modules of torch that hold none."""
+
+    proxy_buffer_attributes = True  # else a buffer would be written into while tracing
+
+    def __init__(self, players: list[Player]) -> None:
+        super().__init__()
+        self._own = {id(player.module) for player in players}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the module becomes one node."""
+        if id(m) in self._own:
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not any(
+            id(child) in self._own for child in m.modules()
+        )
+
+    def proxy(self, node: Node) -> fx.Proxy:
+        """The stand-in for a node's result."""
+        return _Proxy(node, self)
+
+
+def _symbolic(model: nn.Module, players: list[Player], inputs: Inputs | None) -> Traced:
+    if "forward" in vars(model):
+        raise ValueError("the model's forward is replaced on the instance")
+    signature = inspect.signature(model.forward)
+    # Tracing must see what is no tensor, defaults included, as it is: `if mask is None`.
+    fixed = {k: v for k, v in _arguments(signature, inputs).items() if _plain(v)}
+    before = set(vars(model))
+    with torch.no_grad():
+        graph = _Tracer(players).trace(model, concrete_args=fixed or None)
+    # Tensors made on the way are stored in the model.
+    constants = {name: vars(model)[name] for name in set(vars(model)) - before}
+    holders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(holders, signature.parameters, strict=True):
+        if name in fixed:
+            node.meta["val"] = fixed[name]
+    return Traced(model, graph, constants, signature)
+
+
+def _exported(model: nn.Module, inputs: Inputs) -> Traced:
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*inputs[0], **inputs[1])
+    # With gradients enabled: evaluation without them may take kernels that fuse whole layers.
+    with torch.enable_grad():
+        made = torch.export.export(model, bound.args, bound.kwargs, strict=False).module()
+    assert isinstance(made, fx.GraphModule)
+    for node in list(made.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            made.graph.erase_node(node)
+    own = {
+        name
+        for found in (model.named_parameters, model.named_buffers)
+        for name, _ in found(remove_duplicate=False)
+    }
+    constants = {
+        str(node.target): operator.attrgetter(str(node.target))(made)
+        for node in made.graph.nodes
+        if node.op == "get_attr" and node.target not in own
+    }
+    codegen: Any = made.graph._codegen
+    return Traced(model, made.graph, constants, signature, codegen.pytree_info.out_spec)

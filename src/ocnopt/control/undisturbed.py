@@ -1,0 +1,99 @@
+"""Looking at a model, and running it, without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = ["Inputs", "same_result", "untouched"]
+
+#: Positional and keyword arguments of a call.
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Keep every attribute, and set forward hooks aside: they watch what is no training pass.
+
+    A forward that stores what it computes would store stand-ins; the tracer stores constants.
+    """
+    kept = [(m, dict(vars(m)), [dict(vars(m)[name]) for name in _TABLES]) for m in model.modules()]
+    for module, attributes, _ in kept:
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            own = [(key, hook) for key, hook in attributes[name].items() if _of_torch(hook)]
+            vars(module)[name] = OrderedDict(own)
+    try:
+        yield
+    finally:
+        for module, attributes, tables in kept:
+            for name, table in zip(_TABLES, tables, strict=True):
+                attributes[name].clear()
+                attributes[name].update(table)
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _of_torch(hook: Any) -> bool:
+    """Whether a hook computes a weight, as weight_norm does."""
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def same_result(
+    model: nn.Module, replay: Callable[[tuple[Any, ...], Mapping[str, Any]], Any], inputs: Inputs
+) -> bool:
+    """Whether something computes what the model computes, on the same random numbers.
+
+    Args:
+        model: The model, in the mode that it is in.
+        replay: Called with positional and keyword arguments.
+        inputs: Those of a call.
+    """
+    with _restored(model):
+        args, kwargs = _copied(inputs)
+        expected, shape = tree_flatten(model(*args, **kwargs))
+    with _restored(model):
+        found, other = tree_flatten(replay(*_copied(inputs)))
+    return shape == other and all(_close(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    """Copies, for a model may write into its inputs."""
+    copied: Inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    return copied
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put back random state and buffers; a buffer that was not written into is not touched."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, kept in buffers:
+                    # Batch normalization writes without counting a version.
+                    if not torch.equal(buffer, kept):
+                        buffer.copy_(kept)
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Equal but for the order of sums, which may change from run to run on a device."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(a.detach().abs().nan_to_num().max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-2, atol=1e-3 * scale, equal_nan=True)

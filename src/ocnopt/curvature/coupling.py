@@ -1,0 +1,237 @@
+"""The cooperative solve: M with correlations between the players of a stage.
+
+In the coordinates of :mod:`ocnopt.curvature.frames` M is the identity plus, between two players,
+the Kronecker product of two small correlations. For a pair the singular vectors of both make it a
+set of 2 x 2 matrices with ones on the diagonal and a product of canonical correlations beside
+them: the Schur complement that the DGNOpt paper's cooperative players need, diagonalized at once.
+More than two players have no such basis; their system is well conditioned, and conjugate gradients
+solve it to rounding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ocnopt.curvature.factorize import singular_bases, spd_factor
+
+__all__ = ["Coupling", "Many", "Pair", "couple"]
+
+Correlations = Mapping[tuple[int, int], tuple[Tensor, Tensor]]
+
+#: Correlations that no damped factors over the same samples can have are brought below this.
+MOST = 0.999
+#: They are scaled down at most this often.
+RAISES = 40
+#: Conjugate gradients stop here whatever the residual; a dozen steps are usual.
+STEPS = 200
+
+
+class Coupling(ABC):
+    """``C``, the identity with correlations between players off its diagonal.
+
+    Running means that began at different steps can claim correlations that no data have; these
+    are scaled down, all alike, until C is positive definite.
+
+    Attributes:
+        failures: How often correlations had to be scaled down.
+    """
+
+    failures: int = 0
+
+    @abstractmethod
+    def solve(self, ys: list[Tensor]) -> list[Tensor]:
+        """``C^-1 y`` for players' matrices (..., groups, out, in)."""
+
+    @abstractmethod
+    def gram(self, ys: list[Tensor]) -> Tensor:
+        """``y_k^T C^-1 y_l`` for players' matrices (B, r, groups, out, in): (B, r, r)."""
+
+
+class Pair(Coupling):
+    """Two players, by canonical correlations of their inputs and of their output gradients.
+
+    Args:
+        a: Correlation of inputs, (groups, in, in of the other).
+        b: Correlation of output gradients, (groups, out, out of the other).
+
+    Raises:
+        ValueError: No singular vectors could be had.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a_left, a_values, self.a_right = singular_bases(a)
+        self.b_left, b_values, self.b_right = singular_bases(b)
+        for values in (a_values, b_values):
+            most = values.max()
+            if float(most) >= 1:
+                values.mul_(MOST / most)
+                self.failures += 1
+        c = b_values[:, :, None] * a_values[:, None, :]
+        rest = 1 - c * c
+        #: What coupling adds to the inverse's diagonal and puts beside it, (groups, kb, ka).
+        self.own = c * c / rest
+        self.cross = c / rest
+
+    def solve(self, ys: list[Tensor]) -> list[Tensor]:
+        """``(u - c v) / (1 - c^2)`` in the canonical coordinates, and u, v the other way round."""
+        u = self.b_left.mT @ ys[0] @ self.a_left
+        v = self.b_right.mT @ ys[1] @ self.a_right
+        return [
+            ys[0] + self.b_left @ (self.own * u - self.cross * v) @ self.a_left.mT,
+            ys[1] + self.b_right @ (self.own * v - self.cross * u) @ self.a_right.mT,
+        ]
+
+    def gram(self, ys: list[Tensor]) -> Tensor:
+        """The players' own products, and what coupling adds."""
+        u = self.b_left.mT @ ys[0] @ self.a_left
+        v = self.b_right.mT @ ys[1] @ self.a_right
+        added = products(u, self.own * u - self.cross * v)
+        added = added + products(v, self.own * v - self.cross * u)
+        return products(ys[0], ys[0]) + products(ys[1], ys[1]) + added
+
+    def outer_gram(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+        """What coupling adds to the Gram matrices of outer products, one location per sample.
+
+        Args:
+            left: The first player's factors in canonical coordinates: columns (B, groups, r, kb)
+                and inputs (B, groups, ka).
+            right: The second's.
+
+        Returns:
+            (B, groups, r, r).
+        """
+        (p, q), (s, t) = left, right
+        own = (p * _weights(self.own, q * q)) @ p.mT + (s * _weights(self.own, t * t)) @ s.mT
+        beside = (p * _weights(self.cross, q * t)) @ s.mT
+        return own - beside - beside.mT
+
+
+class Many(Coupling):
+    """Any number of players, by conjugate gradients.
+
+    Args:
+        correlations: By pair of players (n, m), n < m: correlation of inputs and of gradients.
+        players: How many there are.
+
+    Raises:
+        ValueError: The correlations are not finite.
+    """
+
+    def __init__(self, correlations: Correlations, players: int) -> None:
+        scale = 1.0
+        while not all(_definite(correlations, players, side, scale) for side in (0, 1)):
+            scale *= 0.9
+            self.failures += 1
+            if self.failures > RAISES:
+                raise ValueError("the correlations of players are not finite")
+        self.correlations = {
+            pair: (a * scale, b * scale) if self.failures else (a, b)
+            for pair, (a, b) in correlations.items()
+        }
+
+    def times(self, ys: list[Tensor]) -> list[Tensor]:
+        """``C y``."""
+        out = list(ys)
+        for (n, m), (a, b) in self.correlations.items():
+            out[n] = out[n] + b @ ys[m] @ a.mT
+            out[m] = out[m] + b.mT @ ys[n] @ a
+        return out
+
+    def solve(self, ys: list[Tensor]) -> list[Tensor]:
+        """To most of the digits that the dtype has."""
+        return conjugate_gradients(self.times, ys, torch.finfo(ys[0].dtype).eps ** 0.7)
+
+    def gram(self, ys: list[Tensor]) -> Tensor:
+        """At rank one half the digits do: a quadratic form's error is the solution's squared."""
+        digits = 0.5 if ys[0].shape[1] == 1 else 0.7
+        solved = conjugate_gradients(self.times, ys, torch.finfo(ys[0].dtype).eps ** digits)
+        total = products(ys[0], solved[0])
+        for y, x in zip(ys[1:], solved[1:], strict=True):
+            total = total + products(y, x)
+        return (total + total.mT) / 2
+
+
+def couple(correlations: Correlations, players: int) -> Coupling:
+    """The coupling of the players of a stage.
+
+    Args:
+        correlations: By pair of players (n, m), n < m: correlation of inputs and of gradients.
+        players: How many there are, at least two.
+
+    Raises:
+        ValueError: The correlations are not finite.
+    """
+    if players == 2:
+        ((a, b),) = correlations.values()
+        return Pair(a, b)
+    return Many(correlations, players)
+
+
+def _definite(correlations: Correlations, players: int, side: int, scale: float) -> bool:
+    """Whether one side's correlations of all players form a positive definite matrix."""
+    blocks: list[list[Tensor | None]] = [[None] * players for _ in range(players)]
+    for (n, m), pair in correlations.items():
+        blocks[n][m], blocks[m][n] = pair[side] * scale, pair[side].mT * scale
+    rows = []
+    for row in blocks:
+        like = next(block for block in row if block is not None)
+        eye = torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
+        own = eye.expand(like.shape[0], -1, -1)
+        rows.append(torch.cat([own if block is None else block for block in row], -1))
+    return spd_factor(torch.cat(rows, -2)) is not None
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of matrices (B, r, groups, out, in): (B, r, r)."""
+    return left.flatten(2) @ right.flatten(2).mT
+
+
+def _weights(matrix: Tensor, inputs: Tensor) -> Tensor:
+    """``sum_j w_ij x_j``: (groups, kb, ka) and (B, groups, ka) to (B, groups, 1, kb)."""
+    return torch.einsum("gij,bgj->bgi", matrix, inputs).unsqueeze(2)
+
+
+def conjugate_gradients(
+    times: Callable[[list[Tensor]], list[Tensor]], ys: list[Tensor], tolerance: float
+) -> list[Tensor]:
+    """Solve ``C x = y`` for many right-hand sides at once.
+
+    Args:
+        times: ``C`` applied to players' matrices (..., groups, out, in); every leading index and
+            every group is a system of its own. Positive definite.
+        ys: The right-hand sides.
+        tolerance: On the residual's norm relative to the right-hand side's.
+
+    Returns:
+        The solutions.
+    """
+    xs = [y.clone() for y in ys]  # C is close to the identity
+    rs = [y - c for y, c in zip(ys, times(xs), strict=True)]
+    ps = list(rs)
+    goal = _dot(ys, ys) * tolerance**2
+    size = _dot(rs, rs)
+    for _ in range(STEPS):
+        if bool((size <= goal).all()):
+            break
+        cs = times(ps)
+        along = _dot(ps, cs)
+        step = torch.where(size > goal, size / along, 0)[..., None, None]
+        xs = [x + step * p for x, p in zip(xs, ps, strict=True)]
+        rs = [r - step * c for r, c in zip(rs, cs, strict=True)]
+        new = _dot(rs, rs)
+        turn = torch.where(size > goal, new / size, 0)[..., None, None]
+        ps = [r + turn * p for r, p in zip(rs, ps, strict=True)]
+        size = torch.where(size > goal, new, size)
+    return xs
+
+
+def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    parts = [(x * y).sum((-2, -1)) for x, y in zip(left, right, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

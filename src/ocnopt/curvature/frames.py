@@ -1,0 +1,158 @@
+"""Coordinates in which a player's own Kronecker-factored M is the identity.
+
+With ``M = W^T W`` and ``y = W^-T d`` the preconditioned direction is ``W^-1 y``. What two players'
+M have in common is then a correlation, without units: the identity on the diagonal, and off it
+``(C_A^T A_nm C_A) (x) (C_B^T B_nm C_B)`` with roots ``C C^T`` of the damped factors' inverses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ocnopt.curvature.factorize import spd_factor
+from ocnopt.curvature.kronecker import split_damping
+from ocnopt.curvature.metric import Eigen, Kronecker
+
+__all__ = ["EigenFrame", "Frame", "KroneckerFrame"]
+
+
+class Frame(ABC):
+    """One player's coordinates; matrices are ``[W | b]`` as (..., groups, out, in)."""
+
+    @property
+    @abstractmethod
+    def a_root(self) -> Tensor:
+        """``C_A``, (groups, in, in)."""
+
+    @property
+    @abstractmethod
+    def b_root(self) -> Tensor:
+        """``C_B``, (groups, out, out)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the coordinates are computed in."""
+
+    @abstractmethod
+    def enter(self, matrix: Tensor) -> Tensor:
+        """``W^-T d``."""
+
+    @abstractmethod
+    def leave(self, matrix: Tensor) -> Tensor:
+        """``W^-1 y``."""
+
+    def correlate(self, a_cross: Tensor, b_cross: Tensor, other: Frame) -> tuple[Tensor, Tensor]:
+        """Correlations of inputs and of output gradients with those of another player.
+
+        Args:
+            a_cross: ``A_nm``, (groups, in, in of the other).
+            b_cross: ``B_nm``, (groups, out, out of the other).
+            other: The other player's coordinates.
+
+        Returns:
+            Tensors of the same shapes; their norms are below one where all factors are means over
+            the same samples and the diagonal ones are damped.
+        """
+        return self.a_root.mT @ a_cross @ other.a_root, self.b_root.mT @ b_cross @ other.b_root
+
+
+class KroneckerFrame(Frame):
+    """``M = A (x) B``: both roots are all there is.
+
+    Args:
+        metric: The inverse of M.
+
+    Raises:
+        ValueError: An inverse has no root.
+    """
+
+    def __init__(self, metric: Kronecker) -> None:
+        roots = [spd_factor(inverse) for inverse in (metric.a_inverse, metric.b_inverse)]
+        if roots[0] is None or roots[1] is None:
+            raise ValueError("a factor's inverse has no root")
+        self._a, self._b = roots[0], roots[1]
+
+    @property
+    def a_root(self) -> Tensor:
+        """The root of ``A^-1``."""
+        return self._a
+
+    @property
+    def b_root(self) -> Tensor:
+        """The root of ``B^-1``."""
+        return self._b
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the factors."""
+        return self._a.dtype
+
+    def enter(self, matrix: Tensor) -> Tensor:
+        """``C_B^T D C_A``."""
+        return self.b_root.mT @ matrix @ self.a_root
+
+    def leave(self, matrix: Tensor) -> Tensor:
+        """``C_B Y C_A^T``."""
+        return self.b_root @ matrix @ self.a_root.mT
+
+
+class EigenFrame(Frame):
+    """``M`` diagonal in a Kronecker-factored eigenbasis.
+
+    Correlations come from the factors, as at ``M = A (x) B``; M's own diagonal is the corrected
+    one. Without correlation M is therefore EKFAC's.
+
+    Args:
+        metric: The inverse of M.
+        a: The factor ``A`` that the basis was made of.
+        b: The factor ``B``.
+        damping: Added to the eigenvalues of M; split between the factors for their roots.
+    """
+
+    def __init__(self, metric: Eigen, a: Tensor, b: Tensor, damping: float) -> None:
+        self.metric = metric
+        self.scales = metric.scales.sqrt()
+        self._factors = a, b, damping
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the basis."""
+        return self.metric.basis_a.dtype
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        a, b, damping = self._factors
+        level_a, level_b = split_damping(a, b, damping)
+        return (
+            _scaled_basis(self.metric.basis_a, a, level_a),
+            _scaled_basis(self.metric.basis_b, b, level_b),
+        )
+
+    @property
+    def a_root(self) -> Tensor:
+        """``C_A``."""
+        return self._roots[0]
+
+    @property
+    def b_root(self) -> Tensor:
+        """``C_B``."""
+        return self._roots[1]
+
+    def enter(self, matrix: Tensor) -> Tensor:
+        """``(U_B^T D U_A) / sqrt(scales)``."""
+        return (self.metric.basis_b.mT @ matrix @ self.metric.basis_a) / self.scales
+
+    def leave(self, matrix: Tensor) -> Tensor:
+        """``U_B (Y / sqrt(scales)) U_A^T``."""
+        return self.metric.basis_b @ (matrix / self.scales) @ self.metric.basis_a.mT
+
+
+def _scaled_basis(basis: Tensor, factor: Tensor, level: Tensor) -> Tensor:
+    """``U (U^T factor U + level)^-1/2``, the product's diagonal alone."""
+    spectrum = ((basis.mT @ factor) * basis.mT).sum(-1).clamp_min(0)
+    return basis / (spectrum + level[:, None]).sqrt()[:, None, :]

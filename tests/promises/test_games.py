@@ -1,0 +1,323 @@
+"""What users of DGNOpt are promised: alignments, bandits, parties that part, plain messages."""
+
+import copy
+
+import games
+import pytest
+import torch
+from promises.conformance import (
+    assert_state_equal,
+    assert_weights_close,
+    assert_weights_equal,
+    rule,
+    step,
+    weights,
+)
+from promises.test_checkpoint import saved
+from torch import nn
+
+import ocnopt
+from ocnopt.control.alignment import EpsilonGreedy, Exp3PlusPlus, RandomAlignment
+from ocnopt.layers import StackedLinear
+
+
+def net(name="Residual", seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return games.NETS[name]().to(dtype)
+
+
+def batch(seed, dtype=torch.float64, size=8):
+    make = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, generator=make, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (size,), generator=make)
+
+
+def dgnopt(model, criterion, **options):
+    options = {"lr": 0.05, "preconditioner": rule("kfac"), **options}
+    return ocnopt.DGNOpt(model, criterion, **options)
+
+
+def train(model, optimizer, steps, criterion, start=0, dtype=torch.float64):
+    for i in range(start, start + steps):
+        step(model, optimizer, criterion, *batch(i, dtype))
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize(
+    "make", [lambda: EpsilonGreedy(0.5, every=2), lambda: Exp3PlusPlus(every=2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_interrupted_game_goes_on_bit_for_bit(dtype, make, kind):
+    """Between two refreshes, in the middle of a round, with cross factors and an arm in play."""
+    one, criterion = net(dtype=dtype), nn.CrossEntropyLoss()
+    options = {"preconditioner": rule(kind), "momentum": 0.5}
+    first = dgnopt(one, criterion, alignment=make(), **options)
+    train(one, first, 5, criterion, dtype=dtype)
+    model_state, state = saved(one.state_dict()), saved(first.state_dict())
+    train(one, first, 6, criterion, 5, dtype)
+
+    two = net(seed=9, dtype=dtype)
+    second = dgnopt(two, criterion, alignment=make(), **options)
+    two.load_state_dict(model_state)
+    second.load_state_dict(state)
+    train(two, second, 6, criterion, 5, dtype)
+    assert_weights_equal(one, two)
+    assert_state_equal(first.state_dict(), second.state_dict())
+    assert first.state_dict()["alignment"] == second.state_dict()["alignment"]
+    assert len(first.diagnostics.rounds) == 5
+    assert len({done.arm for done in first.diagnostics.rounds}) == 2
+
+
+def test_switching_alignments_keeps_every_layers_state():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    bandit = RandomAlignment(every=None)
+    optimizer = dgnopt(model, criterion, alignment=bandit, momentum=0.5)
+    train(model, optimizer, 3, criterion)
+    before = copy.deepcopy(optimizer.state_dict())["state"]
+    arm = optimizer.alignment
+    while optimizer.alignment == arm:
+        optimizer.reward(0.5)
+    for key, mine in optimizer.state_dict()["state"].items():
+        for name, value in mine.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[key][name])), name
+    train(model, optimizer, 1, criterion, 3)
+    pairs = [k for s in optimizer.state.values() for k in s if k.startswith("A:")]
+    assert sorted(pairs) == ["A:skip", "A:skip"]  # one pair per alignment, both kept
+
+
+def test_every_alignment_leaves_the_forward_pass_unchanged():
+    x, _ = batch(0)
+    for name in games.NETS:
+        model = net(name).eval()
+        game = ocnopt.control.game.find_game(model)
+        for k in range(game.alignments):
+            assert torch.equal(game.run(x, alignment=k), model(x))
+
+
+def test_rounds_end_by_themselves_and_by_the_user():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion, alignment=EpsilonGreedy(0.3, every=3))
+    train(model, optimizer, 7, criterion)
+    rounds = optimizer.diagnostics.rounds
+    assert len(rounds) == 2
+    assert all(0 <= done.reward <= 1 for done in rounds)
+    assert optimizer.diagnostics.as_dict()["rounds"][0]["arm"] == rounds[0].arm
+
+    model = net()
+    optimizer = dgnopt(model, criterion, alignment=EpsilonGreedy(0.3))
+    with pytest.raises(ocnopt.OptionError, match=r"\[0, 1\]"):
+        optimizer.reward(1.5)
+    train(model, optimizer, 7, criterion)
+    assert optimizer.diagnostics.rounds == ()
+    optimizer.reward(torch.tensor(0.9))
+    assert optimizer.diagnostics.rounds[0].reward == pytest.approx(0.9)
+
+
+def test_a_bandit_finds_the_alignment_that_is_rewarded():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion, alignment=EpsilonGreedy(0.1, seed=3))
+    train(model, optimizer, 1, criterion)
+    for _ in range(200):
+        optimizer.reward(0.9 if optimizer.alignment == 1 else 0.2)
+    arms = [done.arm for done in optimizer.diagnostics.rounds]
+    assert arms[100:].count(1) > 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"information": "all"}, "information='all' is not known"),
+        ({"alignment": "middle"}, "alignment='middle' is not known"),
+        ({"alignment": 2}, "the network has 2 alignments"),
+        ({"fictitious": "evil"}, "fictitious='evil' is not known"),
+        ({"fictitious": "adversarial", "penalty": 0.0}, "penalty=0.0"),
+        ({"fictitious": "adversarial", "terminal": "gauss-newton"}, "rank one"),
+        ({"fictitious": "cooperative", "information": "open-loop"}, "open-loop"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ocnopt.OptionError, match=message):
+        dgnopt(net(), nn.CrossEntropyLoss(), **options)
+
+
+class Unequal(nn.Module):
+    """A shortcut that has other locations than the first layer beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(1, 2, 3, padding=1)
+        self.two = nn.Conv2d(2, 2, 3, stride=2, padding=1)
+        self.skip = nn.Conv2d(1, 2, 1, stride=2)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = x.reshape(-1, 1, 2, 2).repeat(1, 1, 2, 2)
+        return self.head((self.two(torch.tanh(self.one(x))) + self.skip(x)).mean((2, 3)))
+
+
+def test_unequal_locations_act_alone_and_say_so():
+    torch.manual_seed(0)
+    mine, criterion = Unequal().double(), nn.CrossEntropyLoss()
+    theirs = copy.deepcopy(mine)
+    first = dgnopt(mine, criterion, alignment="early")
+    second = dgnopt(theirs, criterion, alignment="early", information="feedback")
+    train(mine, first, 4, criterion)
+    train(theirs, second, 4, criterion)
+    assert_weights_equal(mine, theirs)
+    reasons = {row.module: row.reason for row in first.coverage()}
+    assert "4 locations against 16" in reasons["skip"]
+    assert "16 locations against 4" in reasons["one"]
+    assert reasons["two"] == ""
+
+    late = dgnopt(net("Convolutional"), criterion, alignment="late")
+    train(late.model, late, 1, criterion)
+    assert all(row.reason == "" for row in late.coverage())
+
+
+def test_without_blocks_between_players_group_rational_is_feedback_and_says_so():
+    for kind in ("identity", "rmsprop", "adam"):
+        mine, criterion = net(), nn.CrossEntropyLoss()
+        theirs = copy.deepcopy(mine)
+        options = {"preconditioner": rule(kind), "lr": 0.01}
+        first = dgnopt(mine, criterion, **options)
+        train(mine, first, 4, criterion)
+        second = dgnopt(theirs, criterion, information="feedback", **options)
+        train(theirs, second, 4, criterion)
+        assert_weights_equal(mine, theirs)
+        assert any("Kronecker" in row.reason for row in first.coverage())
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("name", ["Residual", "Branching"])
+def test_row_30_without_cross_blocks_group_rational_is_feedback(name, kind, monkeypatch):
+    """Players whose gradients share no sample have nothing to answer each other."""
+    from ocnopt.control.sweep import Sweep
+
+    plain = Sweep._cross
+
+    def apart(self, one, other):
+        a, b = plain(self, one, other)
+        return (a, b) if one is other else (torch.zeros_like(a), torch.zeros_like(b))
+
+    monkeypatch.setattr(Sweep, "_cross", apart)
+    mine, criterion = net(name), nn.CrossEntropyLoss()
+    theirs = copy.deepcopy(mine)
+    train(mine, dgnopt(mine, criterion, preconditioner=rule(kind)), 5, criterion)
+    other = dgnopt(theirs, criterion, preconditioner=rule(kind), information="feedback")
+    train(theirs, other, 5, criterion)
+    assert_weights_close(mine, theirs, 1e-10)
+
+
+class Erratic(nn.Module):
+    """No tracer can follow it: its path depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = torch.tanh(self.one(x))
+        return self.head(self.two(z if float(z.detach().sum()) > 1e9 else -z) + x)
+
+
+def test_a_network_that_cannot_be_traced_is_played_layer_by_layer():
+    torch.manual_seed(0)
+    mine, criterion = Erratic().double(), nn.CrossEntropyLoss()
+    theirs, described = copy.deepcopy(mine), copy.deepcopy(mine)
+    optimizer = dgnopt(mine, criterion)
+    with pytest.warns(UserWarning, match="game could not be found"):
+        train(mine, optimizer, 1, criterion)
+    train(mine, optimizer, 3, criterion, 1)
+    ddp = ocnopt.DDPNOpt(theirs, criterion, lr=0.05, preconditioner=rule("kfac"))
+    train(theirs, ddp, 4, criterion)
+    assert_weights_equal(mine, theirs)
+    assert optimizer.alignment is None
+
+    game = ocnopt.control.game.Game.described(described, [["one"], ["two"], ["head"]])
+    optimizer = dgnopt(described, criterion, game=game)
+    train(described, optimizer, 4, criterion)
+    assert_weights_equal(described, theirs)
+    assert optimizer.alignment == 0
+
+
+def test_the_nonlinear_rollout_asks_for_an_alignment_in_the_order_of_calls():
+    """In `Residual` the shortcut is called after the layers that it skips: "late" fits."""
+    criterion = nn.CrossEntropyLoss()
+    early = dgnopt(net(), criterion, rollout="nonlinear", alignment="early")
+    before = weights(early.model)
+    with pytest.raises(ocnopt.GraphError, match="choose another alignment"):
+        train(early.model, early, 1, criterion)
+    assert_weights_equal(early.model, before)
+
+    changes = []
+    for lr in (1e-3, 5e-4):  # where steps are small, both rollouts are the same to first order
+        steps = []
+        for rollout in ("nonlinear", "linear", "off"):
+            model = net()
+            start = weights(model)
+            late = dgnopt(model, criterion, lr=lr, rollout=rollout, alignment="late")
+            train(model, late, 1, criterion)
+            steps.append({k: v - start[k] for k, v in weights(model).items()})
+        nonlinear, linear, off = steps
+        gap = max(float((nonlinear[k] - linear[k]).abs().max()) for k in linear)
+        share = max(float((nonlinear[k] - off[k]).abs().max()) for k in linear)
+        changes.append((gap, share))
+    (gap, share), (half_gap, half_share) = changes
+    assert half_share == pytest.approx(share / 4, rel=0.1)  # lr times rho, both halved
+    assert half_gap == pytest.approx(gap / 8, rel=0.2)
+
+
+def test_stacked_networks_play_the_game_that_each_plays_alone():
+    """Three residual networks at once; the blocks between players are of one network each."""
+
+    class Block(nn.Module):
+        def __init__(self, networks=None):
+            super().__init__()
+
+            def linear(n, m):
+                return nn.Linear(n, m) if networks is None else StackedLinear(networks, n, m)
+
+            self.one, self.two, self.skip = linear(4, 5), linear(5, 3), linear(4, 3)
+
+        def forward(self, x):
+            return self.two(torch.tanh(self.one(x))) + self.skip(x)
+
+    criterion, total = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+    for kind, information in (("kfac", "group-rational"), ("ekfac", "group-rational")):
+        torch.manual_seed(0)
+        alone = [Block().double() for _ in range(3)]
+        together = Block(3).double()
+        with torch.no_grad():
+            for name, param in together.named_parameters():
+                param.copy_(torch.stack([dict(m.named_parameters())[name] for m in alone]))
+        options = {"information": information, "preconditioner": rule(kind), "alignment": "early"}
+        first = dgnopt(together, total, **options)
+        own = [dgnopt(m, criterion, **options) for m in alone]
+        for i in range(5):
+            parts = [batch(10 * i + n) for n in range(3)]
+            first.zero_grad()
+            out = together(torch.cat([x for x, _ in parts]))
+            (total(out, torch.cat([y for _, y in parts])) / 8).backward()
+            first.step()
+            for m, o, (x, y) in zip(alone, own, parts, strict=True):
+                step(m, o, criterion, x, y)
+        for name, param in together.named_parameters():
+            for n, m in enumerate(alone):
+                theirs = dict(m.named_parameters())[name]
+                torch.testing.assert_close(param[n], theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_failing_coupling_is_survived_and_counted(monkeypatch):
+    from ocnopt.control import party
+
+    def broken(*_):
+        raise ValueError("a correlation is not finite")
+
+    monkeypatch.setattr(party, "couple", broken)
+    mine, criterion = net(), nn.CrossEntropyLoss()
+    theirs = copy.deepcopy(mine)
+    first = dgnopt(mine, criterion)
+    train(mine, first, 3, criterion)
+    train(theirs, dgnopt(theirs, criterion, information="feedback"), 3, criterion)
+    assert_weights_close(mine, theirs, 1e-10)
+    assert first.diagnostics.total.failures == 3
