@@ -122,11 +122,16 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 class Run:
     """One optimizer on its own copy of a net."""
 
-    def __init__(self, net: str, name: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        net: Callable[[], Net],
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        device: torch.device,
+    ) -> None:
         torch.manual_seed(0)
-        model, x, y = NETS[net]()
+        model, x, y = net()
         self.model, self.x, self.y = model.to(device), x.to(device), y.to(device)
-        self.optimizer = OPTIMIZERS[name](self.model)
+        self.optimizer = optimizer(self.model)
         self.device = device
         self.times: list[float] = []
 
@@ -165,7 +170,7 @@ class Run:
 
 def measure(net: str, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds and peak bytes per optimizer."""
-    runs = {name: Run(net, name, device) for name in OPTIMIZERS}
+    runs = {name: Run(NETS[net], make, device) for name, make in OPTIMIZERS.items()}
     for run in runs.values():
         for _ in range(3):
             run.step()

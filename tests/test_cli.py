@@ -108,6 +108,19 @@ def test_json_is_one_object_on_stdout(capsys, tmp_path):
     assert 0 <= summary["test_accuracy"] <= 1
 
 
+def test_networks_of_blocks_can_be_changed(capsys):
+    words = ["--recipe", "digits-residual", "--optimizer", "sgd", "--steps", "2", "--json"]
+    assert run(*words, "--depth", "3", "--widths", "5,4") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["network"], summary["depth"], summary["widths"]) == ("residual-fcn", 3, [5, 4])
+    # 64 to 5; three layers of 5; 5 to 4, two of 4 and the projection; 4 to 10.
+    assert summary["parameters"] == 325 + 3 * 30 + (24 + 2 * 20 + 20) + 50
+    words = ["--recipe", "digits-inception", "--optimizer", "sgd", "--steps", "2"]
+    assert run(*words, "--norm", "group", "--widths", "4") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "inception 4 group normalization" in out
+
+
 def test_summary_for_people(capsys):
     assert run("--dataset", "wine", "--steps", "20") == 0
     out = capsys.readouterr().out

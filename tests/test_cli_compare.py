@@ -57,6 +57,15 @@ def test_a_table_for_people_and_the_files(capsys, here):
     assert (here / "runs" / "cache").is_dir()
 
 
+def test_networks_of_blocks_can_be_changed(here):
+    words = ["--network", "residual-fcn", "--widths", "5,4", "--depth", "1", "--output", "out"]
+    assert run(*SMALL, *TWO, *words) == 0
+    settings = json.loads((here / "out" / "compare.json").read_text())["settings"]
+    assert (settings["network"], settings["depth"]) == ("residual-fcn", 1)
+    page = (here / "out" / "compare.md").read_text()
+    assert "residual-fcn of hidden widths 5, 4 and tanh, 1 layer per block" in page
+
+
 def test_json_is_one_object_on_stdout(capsys):
     words = ["--recipe", "wine-fcn", *SMALL[2:], *TWO]
     assert run(*words, "--json") == 0

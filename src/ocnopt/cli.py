@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ocnopt.experiments.problems import Activation, Head
+from ocnopt.experiments.problems import Activation, Head, Norm
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 INTERRUPTED = 130
 
-_COMMANDS = ("train", "compare", "reproduce", "data")
+_COMMANDS = ("train", "compare", "inspect", "reproduce", "data")
 _INTERRUPTED = {
     "train": "a run with --output goes on from its last checkpoint with --resume",
     "compare": "finished runs are in the cache, and the same command goes on from there",
+    "inspect": "no picture was written",
     "reproduce": "no page was written",
     "data": "files that are there are whole, and the same command goes on with the others",
 }
@@ -83,6 +84,7 @@ def _app() -> App:
     )
     app.command(train)
     app.command(compare)
+    app.command(inspect)
     app.command(reproduce, help=_reproduce_help())
     app.command(data_app())
     return app
@@ -110,6 +112,8 @@ def train(
     widths: str | None = None,
     activation: Activation | None = None,
     head: Head | None = None,
+    depth: int | None = None,
+    norm: Norm | None = None,
     output: Path | None = None,
     resume: bool = False,
     data_root: Path | None = None,
@@ -122,17 +126,20 @@ def train(
     """Train one network on one data set with one optimizer.
 
     Args:
-        recipe: Settings of one of the paper's problems, which other options change: wine-fcn,
-            digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn or
-            digits-deep.
+        recipe: Settings of one of the papers' problems, which other options change: wine-fcn,
+            digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn,
+            digits-deep; digits-residual, mnist-residual, fashion-mnist-residual, cifar-10-residual,
+            cifar-10-resnet18; digits-inception, mnist-inception, fashion-mnist-inception or
+            cifar-10-inception.
         dataset: What to train on: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn (see
             ocnopt data list), or your own as module:function, which returns train_x, train_y,
             test_x and test_y [default: digits].
-        network: fcn: linear layers; cnn: four convolutions and two linear layers; or your own as
+        network: fcn: linear layers; cnn: four convolutions and two linear layers; residual-fcn and
+            residual-cnn: blocks with shortcuts; inception: blocks with branches; or your own as
             module:function, called with the shape of an input and the number of classes
             [default: fcn].
-        optimizer: ddpnopt, kfac, ekfac, sgd, rmsprop, adam, vanilla-ddp, emsa, or any other as
-            package.module:Class [default: ddpnopt].
+        optimizer: ddpnopt, dgnopt, kfac, ekfac, sgd, rmsprop, adam, vanilla-ddp, emsa, or any other
+            as package.module:Class [default: ddpnopt].
         lr: Learning rate [default: by optimizer].
         option: Option of the optimizer as key=value, such as momentum=0.9 or
             preconditioner=kfac; may be repeated.
@@ -141,9 +148,12 @@ def train(
         epochs: Passes over the training set [default: 10 without --steps].
         steps: Steps; the run ends at whichever of --epochs and --steps comes first.
         seed: Seed of the initial weights and of the data order [default: 0].
-        widths: Hidden widths of fcn, such as 32,32,16 [default: by data set].
-        activation: Non-linearity of fcn [default: by data set].
+        widths: Hidden widths of fcn, such as 32,32,16; widths or channels of the blocks of
+            residual-fcn, residual-cnn and inception [default: by network and data set].
+        activation: Non-linearity of fcn and residual-fcn [default: by data set].
         head: What fcn applies to its outputs [default: identity].
+        depth: Layers on the main path of a residual block [default: 2].
+        norm: Normalization in residual-cnn and inception [default: none].
         output: Folder for metrics.jsonl, config.json, checkpoint.pt and run.png; without it
             nothing is written.
         resume: Take up the run in --output where its checkpoint left it; settings that are not
@@ -152,7 +162,8 @@ def train(
         log_every: Steps between rows of metrics.jsonl [default: 50].
         checkpoint_every: Steps between checkpoints [default: at every epoch's end].
         device: Torch device, such as cpu or cuda [default: cpu].
-        threads: Threads that torch may use [default: 1 for fcn, torch's own setting for cnn].
+        threads: Threads that torch may use [default: 1 for fcn and residual-fcn, torch's own
+            setting for the others].
         json: Print one JSON object on stdout in place of the progress bar and the summary.
     """
     from ocnopt.experiments.choices import with_recipe
@@ -173,6 +184,8 @@ def train(
         "widths": None if widths is None else parse_widths(widths),
         "activation": activation,
         "head": head,
+        "depth": depth,
+        "norm": norm,
         "data_root": data_root,
         "log_every": log_every,
         "checkpoint_every": checkpoint_every,
@@ -221,6 +234,8 @@ def compare(
     widths: str | None = None,
     activation: Activation | None = None,
     head: Head | None = None,
+    depth: int | None = None,
+    norm: Norm | None = None,
     batch_size: int | None = None,
     epochs: int | None = None,
     steps: int | None = None,
@@ -241,21 +256,26 @@ def compare(
 
     Args:
         optimizer: An optimizer, with its options and, if you like, a sweep of its own, as in
-            'ddpnopt preconditioner=rmsprop lr=0.001:0.1:7'; any of ddpnopt, kfac, ekfac, sgd,
-            rmsprop, adam, vanilla-ddp, emsa, or package.module:Class. To be repeated: the first is
-            what times are relative to [default: sgd, adam and ddpnopt].
+            'ddpnopt preconditioner=rmsprop lr=0.001:0.1:7'; any of ddpnopt, dgnopt, kfac, ekfac,
+            sgd, rmsprop, adam, vanilla-ddp, emsa, or package.module:Class. To be repeated: the
+            first is what times are relative to [default: sgd, adam and ddpnopt].
         lr: Learning rates of all others: FROM:TO:COUNT with even ratios, as in 0.01:1:7, or a list,
             as in 0.1,0.2,0.4 [default: eight, from a tenth to 30 times the optimizer's usual one].
-        recipe: Settings of one of the paper's problems, which other options change: wine-fcn,
-            digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn or
-            digits-deep.
+        recipe: Settings of one of the papers' problems, which other options change: wine-fcn,
+            digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn,
+            digits-deep; digits-residual, mnist-residual, fashion-mnist-residual, cifar-10-residual,
+            cifar-10-resnet18; digits-inception, mnist-inception, fashion-mnist-inception or
+            cifar-10-inception.
         dataset: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn, or your own as
             module:function, which returns train_x, train_y, test_x and test_y [default: digits].
-        network: fcn, cnn, or your own as module:function, called with the shape of an input and the
-            number of classes [default: fcn].
-        widths: Hidden widths of fcn, such as 32,32,16 [default: by data set].
-        activation: Non-linearity of fcn [default: by data set].
+        network: fcn, cnn, residual-fcn, residual-cnn, inception, or your own as module:function,
+            called with the shape of an input and the number of classes [default: fcn].
+        widths: Hidden widths of fcn, such as 32,32,16; widths or channels of the blocks of
+            residual-fcn, residual-cnn and inception [default: by network and data set].
+        activation: Non-linearity of fcn and residual-fcn [default: by data set].
         head: What fcn applies to its outputs [default: identity].
+        depth: Layers on the main path of a residual block [default: 2].
+        norm: Normalization in residual-cnn and inception [default: none].
         batch_size: Samples per step [default: by data set].
         epochs: Passes over the training set [default: 10 without --steps].
         steps: Steps of every run.
@@ -286,6 +306,8 @@ def compare(
         "widths": None if widths is None else parse_widths(widths),
         "activation": activation,
         "head": head,
+        "depth": depth,
+        "norm": norm,
         "batch_size": batch_size,
         "epochs": epochs,
         "steps": steps,
@@ -335,6 +357,70 @@ def _compare(
     with ExperimentProgress("comparing") as progress:
         comparison = comparing.compare(contenders, base, watcher=progress, **options)
     print_comparison(Console(), comparison, output, comparing.save(comparison, output))
+
+
+def inspect(
+    *,
+    recipe: str | None = None,
+    dataset: str | None = None,
+    network: str | None = None,
+    widths: str | None = None,
+    activation: Activation | None = None,
+    depth: int | None = None,
+    norm: Norm | None = None,
+    alignment: int = 0,
+    output: Path | None = None,
+    data_root: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Show a network as a game: stages, the layers that act together at each, what is alive.
+
+    Args:
+        recipe: Network and data set of one of the papers' problems, such as digits-residual or
+            digits-inception (see ocnopt train), which other options change.
+        dataset: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn, none of which is
+            read, or your own as module:function, which returns train_x, train_y, test_x and test_y
+            [default: digits].
+        network: fcn, cnn, residual-fcn, residual-cnn, inception, or your own as module:function,
+            called with the shape of an input and the number of classes [default: fcn].
+        widths: Widths, or channels, such as 32,32,16 [default: by network and data set].
+        activation: Non-linearity of fcn and residual-fcn [default: by data set].
+        depth: Layers on the main path of a residual block [default: 2].
+        norm: Normalization in residual-cnn and inception [default: none].
+        alignment: Which alignment to show, counted from 0, the earliest; -1 is the latest
+            [default: 0].
+        output: Folder for game.png and game.json; older ones are replaced.
+        data_root: Folder that holds the data [default: $OCNOPT_DATA, else a folder in the cache].
+        json: Print one JSON object on stdout in place of the table.
+    """
+    from ocnopt.experiments.choices import with_recipe
+    from ocnopt.experiments.config import TrainConfig
+    from ocnopt.experiments.options import parse_widths
+
+    given = {
+        "dataset": dataset,
+        "network": network,
+        "widths": None if widths is None else parse_widths(widths),
+        "activation": activation,
+        "depth": depth,
+        "norm": norm,
+        "data_root": data_root,
+    }
+    config = TrainConfig(**with_recipe(recipe, given))
+    from ocnopt.experiments import inspection
+
+    seen = inspection.inspect_network(config, alignment)
+    written = [] if output is None else inspection.save(seen, output)
+    if json:
+        sys.stdout.write(json_format.dumps(seen.to_json()) + "\n")
+        return
+    from rich.console import Console
+
+    from ocnopt.experiments.inspection.terminal import print_inspection
+
+    print_inspection(Console(), seen)
+    if output is not None:
+        sys.stdout.write(f"written: {', '.join(written)} in {output}\n")
 
 
 def reproduce(

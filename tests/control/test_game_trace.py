@@ -9,7 +9,7 @@ from control.game_networks import Encoder, made, tokens
 from torch import nn
 
 from ocnopt import GraphError
-from ocnopt.control.game import find_game
+from ocnopt.control.game import Game, find_game
 from ocnopt.control.players import find_players
 
 
@@ -208,6 +208,15 @@ def test_the_mode_is_that_of_the_run():
     assert torch.equal(game.run(x), expected)
 
 
+def test_dropout_is_compared_on_the_same_random_numbers():
+    def forward(net, x):
+        return net.b(net.drop(net.a(x))) + net.drop(net.side(x))
+
+    net, x = Net(forward), torch.randn(5, 4)
+    game = find_game(net, inputs=((x,), {}))
+    assert [len(stage.players) for stage in game.stages()] == [2, 1]
+
+
 def test_another_network_in_evaluation_is_refused():
     def forward(net, x):
         return net.b(net.a(x)) + net.c(x) if net.training else net.a(x)
@@ -280,6 +289,27 @@ def test_a_compiled_model_has_the_game_of_the_model():
     assert game.alignments == 2
     assert game.players[0].name == "_orig_mod.0"
     assert torch.equal(game.run(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["residual projection batch", "encoder"])
+def test_a_copy_is_the_game_of_the_copied_model(name):
+    model, x = (Encoder(), tokens()) if name == "encoder" else made(name)
+    model.eval()
+    game = find_game(model, inputs=((x,), {}))
+    twin, other = copy.deepcopy((model, game))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert other.players[0].module is not game.players[0].module
+    assert [s.alive for s in other.stages()] == [s.alive for s in game.stages()]
+    assert other.placements == game.placements
+    for k in range(other.alignments):
+        assert torch.equal(other.run(x, alignment=k), twin(x))
+    plain = made("mlp")[0]
+    described = copy.deepcopy(Game.described(plain, [["0"], ["2"], ["4"]]))
+    assert [p.name for s in described.stages() for p in s.players] == ["0", "2", "4"]
+    assert described.players[0].module is not plain[0]
+    assert described.stages()[0].players[0] is described.players[0]
 
 
 def test_bfloat16_and_double():

@@ -86,6 +86,8 @@ def test_an_optimizer_is_a_name_options_and_a_sweep():
 
 def test_the_usual_sweep_is_that_of_the_optimizer_that_lends_m():
     assert parse_contender("ddpnopt preconditioner=adam").lrs == parse_contender("adam").lrs
+    assert parse_contender("dgnopt preconditioner=identity").lrs == parse_contender("sgd").lrs
+    assert parse_contender("dgnopt").lrs == parse_contender("kfac").lrs  # its default
     sgd = parse_contender("sgd").lrs
     assert (sgd[0], sgd[-1], len(sgd)) == (0.01, 3.0, 8)
 

@@ -28,7 +28,7 @@ def preconditioner_of(options: Options):
         return ocnopt.curvature.KFAC(damping=options.damping, **every_step)
     if options.preconditioner == "ekfac":
         return ocnopt.curvature.EKFAC(
-            damping=options.damping, eigen_decay=options.eigen_decay, **every_step
+            damping=options.damping, eigen_decay=options.eigen_decay, gram_tolerance=0, **every_step
         )
     return options.preconditioner
 

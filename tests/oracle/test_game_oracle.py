@@ -157,7 +157,8 @@ def moved(net, options, x, y):
 
 
 def rule(kind):
-    return {"kfac": ocnopt.curvature.KFAC, "ekfac": ocnopt.curvature.EKFAC}[kind](damping=DAMPING)
+    kinds = {"kfac": ocnopt.curvature.KFAC, "ekfac": ocnopt.curvature.EKFAC}
+    return kinds[kind](damping=DAMPING, gram_tolerance=0)
 
 
 def build(name):

@@ -193,13 +193,15 @@ def test_row_30_without_cross_blocks_group_rational_is_feedback(name, kind, monk
     """Players whose gradients share no sample have nothing to answer each other."""
     from ocnopt.control.sweep import Sweep
 
-    plain = Sweep._cross
+    plain = Sweep._moments
 
-    def apart(self, one, other):
-        a, b = plain(self, one, other)
-        return (a, b) if one is other else (torch.zeros_like(a), torch.zeros_like(b))
+    def apart(self, pairs):
+        return [
+            found if one is other else tuple(torch.zeros_like(part) for part in found)
+            for (one, other), found in zip(pairs, plain(self, pairs), strict=True)
+        ]
 
-    monkeypatch.setattr(Sweep, "_cross", apart)
+    monkeypatch.setattr(Sweep, "_moments", apart)
     mine, criterion = net(name), nn.CrossEntropyLoss()
     theirs = copy.deepcopy(mine)
     train(mine, dgnopt(mine, criterion, preconditioner=rule(kind)), 5, criterion)
@@ -321,3 +323,28 @@ def test_a_failing_coupling_is_survived_and_counted(monkeypatch):
     train(theirs, dgnopt(theirs, criterion, information="feedback"), 3, criterion)
     assert_weights_close(mine, theirs, 1e-10)
     assert first.diagnostics.total.failures == 3
+
+
+class Gated(nn.Module):
+    """A layer that is called once a switch is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.on = False
+        self.one, self.two, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = torch.tanh(self.one(x))
+        return self.head(torch.tanh(self.two(z)) if self.on else z)
+
+
+def test_a_layer_that_joins_later_is_a_player_too():
+    torch.manual_seed(0)
+    model, criterion = Gated().double(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion)
+    train(model, optimizer, 2, criterion)
+    assert "two" not in optimizer.diagnostics.players
+    model.on = True
+    train(model, optimizer, 2, criterion, 2)
+    assert optimizer.diagnostics.players["two"].predicted_decrease > 0
+    assert {row.module: row.treatment for row in optimizer.coverage()}["two"] == "player"

@@ -7,6 +7,8 @@ unit vectors, so its coefficients are the value's derivatives themselves: ``v = 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -82,13 +84,20 @@ class DenseTrace(Trace):
         size = feedback.norm(dim=1)
         return torch.where(size == 0, size, size / open_loop.norm(dim=1))
 
-    def rows_and_cols(self, v: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Inputs and value signals for Kronecker factors, as in :class:`Trace`."""
-        rows, cols = self.layer.rows(self.a), self.layer.cols(self.shape(v * scale))
-        return (
-            rows.reshape(self.samples, -1, *rows.shape[2:]),
-            cols.reshape(self.samples, -1, *cols.shape[2:]),
-        )
+    def rows(self) -> Tensor:
+        """Inputs for Kronecker factors, as in :class:`Trace`."""
+        return self._by_sample(self.layer.rows(self.a))
+
+    def cols(self, coefficients: Tensor) -> Tensor:
+        """Signals for Kronecker factors, as in :class:`Trace`."""
+        return self._by_sample(self.layer.cols(self.shape(coefficients)))
+
+    def _by_sample(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.samples, -1, *rows.shape[2:])
+
+    def input_key(self) -> Hashable:
+        """Its own: a chain's players read different tensors."""
+        return id(self)
 
 
 class DenseBatch(Batch):

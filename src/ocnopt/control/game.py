@@ -9,10 +9,11 @@ another game.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,11 +22,12 @@ from torch.fx import Node
 from ocnopt.control.placement import Act, Branch, Placement
 from ocnopt.control.players import Player, find_players
 from ocnopt.control.schedule import Program, Schedule, fine_stages
-from ocnopt.control.tracing import call_key, trace
+from ocnopt.control.tracing import call_key, trace, unwrapped
 from ocnopt.control.undisturbed import Inputs
+from ocnopt.control.wiring import Vertex, wiring
 from ocnopt.errors import GraphError, OptionError
 
-__all__ = ["Branch", "Game", "Stage", "State", "find_game"]
+__all__ = ["Branch", "Game", "Stage", "State", "Vertex", "find_game"]
 
 #: Traces kept for other modes and input shapes than those the game was found in.
 _KEPT = 8
@@ -91,6 +93,7 @@ class Game:
         self._placement = Placement(acts)
         self._programs: dict[object, Program] = {} if program is None else {key: program}
         self._found = program
+        self._key = key
         acting = {player for act in acts for player in act.players}
         self.players = tuple(players)
         self.idle = tuple(player for player in players if player not in acting)
@@ -106,6 +109,11 @@ class Game:
     def placements(self) -> int:
         """Number of all alignments: the product over the branches."""
         return self._placement.placements
+
+    @property
+    def wiring(self) -> tuple[Vertex, ...]:
+        """How the players are connected; empty where the game was described."""
+        return () if self._found is None else wiring(self._found)
 
     @classmethod
     def described(cls, model: nn.Module, stages: Iterable[Iterable[str]]) -> Game:
@@ -233,6 +241,18 @@ class Game:
     def finish(self, state: State) -> Any:
         """The model's output, from the state behind the last stage."""
         return state._schedule.program.traced.output(state._values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Game:
+        """The game of the model's copy."""
+        model, players = copy.deepcopy((self._model, list(self.players)), memo)
+        if self._found is not None:
+            program = Program(self._found.traced.copied(unwrapped(model)), players)
+            return Game(model, players, program.acts, program, self._key)
+        acts = [
+            replace(act, players=tuple(copy.deepcopy(player, memo) for player in act.players))
+            for act in self._placement.acts
+        ]
+        return Game(model, players, acts)
 
     def _places(self, alignment: int | Mapping[str, int]) -> list[int]:
         if isinstance(alignment, Mapping):

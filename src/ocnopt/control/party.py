@@ -8,7 +8,7 @@ diagonal blocks alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ocnopt.control.batch import Batch
 from ocnopt.control.trace import ALL, Trace
-from ocnopt.control.turns import Turn
-from ocnopt.curvature.coupling import Coupling, Pair, couple
+from ocnopt.control.turns import Moments, Turn
+from ocnopt.curvature.coupling import Coarse, Coupling, Pair, couple
 from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame
 from ocnopt.curvature.kronecker import Factored
 from ocnopt.curvature.metric import Eigen, Kronecker
@@ -26,9 +26,8 @@ from ocnopt.layers.base import CHUNK, Params
 
 __all__ = ["Cooperation", "parties"]
 
-Cross = Callable[[Turn, Turn], tuple[Tensor, Tensor]]
 #: Coordinates and coupling by the members' names, with the tensors that they were computed from.
-Known = dict[tuple[str, ...], tuple[tuple[Tensor, ...], list[Frame], Coupling]]
+Known = dict[tuple[str, ...], tuple[tuple[Tensor, ...], list[Frame], Coupling, Coarse]]
 
 
 class Cooperation:
@@ -47,27 +46,34 @@ class Cooperation:
         self.known = known
         self.frames: list[Frame] = []
         self.coupling: Coupling | None = None
+        self.coarse: Coarse
+        self.tolerance = 0.0
 
-    def observe(self, cross: Cross) -> None:
+    def observe(self, moments: Moments) -> None:
         """Update the cross factors where the members' own were, and the coupling with them."""
         rule = self.turns[0].mover.preconditioner
         assert isinstance(rule, Factored)
-        for one, other in combinations(self.turns, 2):
+        self.tolerance = rule.gram_tolerance
+        pairs = list(combinations(self.turns, 2))
+        if not any(rule.refreshed(turn.mover.states[0]) for turn in self.turns):
+            pairs = [
+                (one, other)
+                for one, other in pairs
+                if f"A:{other.player.name}" not in one.mover.states[0]
+            ]
+        for (one, other), found in zip(pairs, moments(pairs) if pairs else (), strict=True):
             state = one.mover.states[0]
-            keys = [f"{factor}:{other.player.name}" for factor in "AB"]
-            due = any(rule.refreshed(turn.mover.states[0]) for turn in (one, other))
-            if not due and all(key in state for key in keys):
-                continue
-            for key, batch in zip(keys, cross(one, other), strict=True):
+            for factor, batch in zip("AB", found, strict=True):
+                key = f"{factor}:{other.player.name}"
                 kept = state.get(key)
                 state[key] = batch if kept is None else torch.lerp(batch, kept, rule.decay)
         try:
-            self.frames, self.coupling = self._joined(rule)
+            self.frames, self.coupling, self.coarse = self._joined(rule)
         except ValueError:
             self._count(1)
             self.coupling = None  # every member by itself
 
-    def _joined(self, rule: Factored) -> tuple[list[Frame], Coupling]:
+    def _joined(self, rule: Factored) -> tuple[list[Frame], Coupling, Coarse]:
         """What is known, unless a factor has changed since."""
         names = tuple(turn.player.name for turn in self.turns)
         pairs = list(combinations(range(len(self.turns)), 2))
@@ -84,13 +90,14 @@ class Cooperation:
         if known is not None and all(a is b for a, b in zip(known[0], made_of, strict=True)):
             # An eigenbasis stays, but its eigenvalues are corrected at every step.
             frames = known[1] if _separable(known[1]) else [_frame(t, rule) for t in self.turns]
-            return frames, known[2]
+            return frames, known[2], known[3]
         frames = [_frame(turn, rule) for turn in self.turns]
         correlations = {(n, m): frames[n].correlate(*crosses[n, m], frames[m]) for n, m in pairs}
         coupling = couple(correlations, len(self.turns))
         self._count(coupling.failures)
-        self.known[names] = (made_of, frames, coupling)
-        return frames, coupling
+        coarse = Coarse(correlations, len(self.turns), rule.gram_tolerance)
+        self.known[names] = (made_of, frames, coupling, coarse)
+        return frames, coupling, coarse
 
     def _count(self, failures: int) -> None:
         if not failures:
@@ -119,11 +126,14 @@ class Cooperation:
         """``P_u^T Q_uu^-1 P_u`` of the members together, of the columns as recorded.
 
         Returns:
-            (B,) at rank one, else (B, r, r); None where a member took no part in the batch.
+            (B,) at rank one, else (B, r, r); None where a member took no part in the batch, or
+            the coupling is too weak to be seen at the tolerance.
         """
         traces = [batch.traces.get(turn.player) for turn in self.turns]
         members = [trace for trace in traces if trace is not None]
         if self.coupling is None or len(members) < len(traces):
+            return None
+        if self.coupling.strength < self.tolerance or self.coarse.coupling is None:
             return None
         simple = all(trace.single for trace in members)
         if simple and isinstance(self.coupling, Pair) and _separable(self.frames):
@@ -156,7 +166,8 @@ class Cooperation:
 
     def _sample_gram(self, batch: Batch, traces: Sequence[Trace]) -> Tensor:
         """From the members' per-sample gradients, as many at once as there is room for."""
-        assert self.coupling is not None
+        coarse = self.coarse
+        assert coarse.coupling is not None
         step = batch.samples
         if all(trace.layer.networks == 1 for trace in traces):
             size = sum(trace.layer.numel * trace.rank for trace in traces)
@@ -164,13 +175,19 @@ class Cooperation:
         parts = []
         for start in range(0, batch.samples, step):
             part = ALL if step >= batch.samples else slice(start, start + step)
-            ys = []
-            for trace, frame in zip(traces, self.frames, strict=True):
+            ys, own = [], []
+            for turn, trace, frame, inputs in zip(
+                self.turns, traces, self.frames, coarse.inputs, strict=True
+            ):
                 layer: Any = trace.layer
-                matrix = layer.to_matrix(trace.sample_columns(part))
-                ys.append(frame.enter(matrix.to(frame.dtype)))
-            parts.append(self.coupling.gram(ys))
-        return torch.cat(parts) * self._rate
+                gradients = trace.sample_columns(part)
+                assert turn.metric is not None
+                own.append(turn.metric.sample_gram(gradients))
+                matrix = layer.to_matrix(gradients)
+                ys.append(frame.enter(matrix.to(frame.dtype), inputs))
+            total = torch.stack(own).sum(0)
+            parts.append(total + coarse.coupling.added(ys) * self._rate)
+        return torch.cat(parts)
 
     @property
     def _rate(self) -> float:

@@ -19,6 +19,7 @@ from ocnopt.control.bellman import PROPORTIONAL, pull_back, pull_back_all, pull_
 from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.trace import outer_norms
 from ocnopt.control.turns import Group, Turn
+from ocnopt.control.views import Views
 from ocnopt.layers.base import Params, add_all
 
 __all__ = ["Sweep"]
@@ -122,7 +123,7 @@ class Sweep:
                 turn.values = values
                 self._observe(turn)
             for party in group.parties:
-                party.observe(self._cross)
+                party.observe(self._moments)
             if self.rule == "joint":
                 self._probe(group)
             if self.rule == "off" or group is self.groups[0]:
@@ -160,7 +161,7 @@ class Sweep:
             return self._gradient(turn) if self.curvature == "gradient" else self._value_mean(turn)
 
         def factors() -> tuple[Tensor, Tensor]:
-            return self._factors(turn)
+            return self._moments([(turn, turn)])[0]
 
         samples = self.samples // turn.player.layer.networks
         turn.metric = turn.mover.observe(mean, factors, samples)
@@ -243,44 +244,38 @@ class Sweep:
         group = next(group for group in self.groups if turn in group.turns)
         return self._pull(self.batches[i], group, v, k)
 
-    def _factors(self, turn: Turn) -> tuple[Tensor, Tensor]:
-        """``E[a a^T]`` over samples and locations; locations times ``E[V_h V_h^T]``."""
-        return self._cross(turn, turn)
+    def _moments(self, pairs: list[tuple[Turn, Turn]]) -> list[tuple[Tensor, Tensor]]:
+        """Kronecker factors of pairs of players, of a player with itself on M's diagonal.
 
-    def _cross(self, one: Turn, other: Turn) -> tuple[Tensor, Tensor]:
-        """``E[a_n a_m^T]`` over samples and locations; locations times ``E[V_h,n V_h,m^T]``."""
-        a_sum = b_sum = None
-        rows_seen = 0
-        for i in range(len(self.batches)):
-            mine = self._rows_and_cols(i, one)
-            theirs = mine if other is one else self._rows_and_cols(i, other)
-            if mine is None or theirs is None:
-                continue
-            (rows, cols), (other_rows, other_cols) = mine, theirs
-            rows_seen += rows.shape[0] * rows.shape[1]
-            layer = one.player.layer
-            a = layer.cross_moment(rows, other_rows)
-            b = layer.cross_moment(cols, other_cols)
-            a_sum = a if a_sum is None else a_sum + a
-            b_sum = b if b_sum is None else b_sum + b
-        assert a_sum is not None and b_sum is not None
-        count = a_sum.new_tensor([rows_seen])
-        if self.total is not None:
-            a_sum, b_sum, count = self.total((a_sum, b_sum, count))
-        networks = one.player.layer.networks
-        return a_sum / (count / networks), b_sum / (self.samples / networks)
+        Returns:
+            Per pair ``E[a_n a_m^T]`` over samples and locations, and locations times
+            ``E[V_h,n V_h,m^T]``.
+        """
+        sums: list[tuple[Tensor, ...] | None] = [None] * len(pairs)
+        turns = list({id(turn): turn for pair in pairs for turn in pair}.values())
+        for i, batch in enumerate(self.batches):
+            views = Views(batch, turns, self._coefficients(i, turns))
+            for place, (one, other) in enumerate(pairs):
+                parts: Params | None = views.moments(one, other)
+                if parts is not None:
+                    known = sums[place]
+                    sums[place] = parts if known is None else add_all([known, parts])
+        found = []
+        for (one, _), parts in zip(pairs, sums, strict=True):
+            assert parts is not None
+            a, b, seen = parts if self.total is None else self.total(parts)
+            networks = one.player.layer.networks
+            found.append((a / (seen / networks), b / (self.samples / networks)))
+        return found
 
-    def _rows_and_cols(self, i: int, turn: Turn) -> tuple[Tensor, Tensor] | None:
-        """Inputs and value signals of batch i as Kronecker factors see them."""
+    def _coefficients(self, i: int, turns: list[Turn]) -> list[Tensor]:
+        """Of the recorded columns, such that they make the signals that M is built from."""
         batch = self.batches[i]
-        trace = batch.traces.get(turn.player)
-        if trace is None:
-            return None
-        v, _ = turn.values[i]
-        if self.curvature == "gradient":
-            v = batch.gradient_values(turn.player)
-        rows, cols = trace.rows_and_cols(batch.signal_own(v), 1.0)
-        return rows.to(trace.dtype), cols.to(trace.dtype)
+        own = self.curvature == "gradient"
+        return [
+            batch.signal_own(batch.gradient_values(turn.player) if own else turn.values[i][0])
+            for turn in turns
+        ]
 
     def forward(self) -> None:
         """Lines 14 to 18 of Algorithm 3 in linear form: moves, first stage to last."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -231,24 +233,27 @@ class Trace:
             sizes.append(total.sqrt())
         return torch.where(sizes[1] == 0, sizes[1], sizes[1] / sizes[0])
 
-    def rows_and_cols(self, v: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Inputs ``[a; 1]`` and value signals ``V_h`` for Kronecker factors.
+    def rows(self) -> Tensor:
+        """Inputs ``[a; 1]`` for Kronecker factors: (B, L, groups, in), all calls together."""
+        return self._side_by_side([self.layer.rows(a) for a in self.features])
 
-        Args:
-            v: Value coefficients at the player's output.
-            scale: What makes a recorded signal a per-sample one, a number or (B,).
+    def cols(self, coefficients: Tensor) -> Tensor:
+        """Signals ``sum_k coefficients_k P_k`` likewise: (B, L, groups, out)."""
+        return self._side_by_side(
+            [
+                self.layer.cols(self._spread(coefficients, p, fold))
+                for p, fold in zip(self.columns, self.folds, strict=True)
+            ]
+        )
 
-        Returns:
-            (B, L, groups, in) and (B, L, groups, out), locations of all calls together.
-        """
-        rows: list[Tensor] = []
-        cols: list[Tensor] = []
-        weighted = v * (scale if v.dim() == 1 or isinstance(scale, float) else scale[:, None])
-        for a, p, fold in zip(self.features, self.columns, self.folds, strict=True):
-            signal = self._spread(weighted, p, fold)
-            for out, part in ((rows, self.layer.rows(a)), (cols, self.layer.cols(signal))):
-                out.append(part.reshape(self.samples, -1, *part.shape[2:]))
-        return torch.cat(rows, 1), torch.cat(cols, 1)
+    def _side_by_side(self, parts: list[Tensor]) -> Tensor:
+        own = [part.reshape(self.samples, -1, *part.shape[2:]) for part in parts]
+        return own[0] if len(own) == 1 else torch.cat(own, 1)
+
+    def input_key(self) -> Hashable:
+        """The same for traces whose :meth:`rows` are the same, while these traces live."""
+        tensors = tuple((a.data_ptr(), a.shape, a.stride()) for a in self.features)
+        return tensors, self.layer.row_key, tuple(self.folds)
 
 
 def outer_norms(traces: list[Trace], metrics: list[Metric]) -> Tensor:

@@ -8,9 +8,9 @@ model on them: symbolic tracing can take a wrong turn without noticing.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.effects import INPLACE_OPERATORS
 from ocnopt.control.players import Player
-from ocnopt.control.undisturbed import Inputs, same_result, untouched
+from ocnopt.control.undisturbed import Inputs, same_result, silent, untouched
 from ocnopt.errors import GraphError
 
 __all__ = ["Traced", "call_key", "trace", "unwrapped"]
@@ -57,6 +57,13 @@ class Traced:
             for node in graph.nodes
             if node.op == "call_module"
         }
+
+    def copied(self, model: nn.Module) -> Traced:
+        """The same trace of a copy of the model."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        constants = copy.deepcopy(dict(self.constants))
+        return Traced(model, graph, constants, self.signature, self.spec)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Node, Any]:
         """Values of the placeholders for a call of the model."""
@@ -118,8 +125,7 @@ def trace(model: nn.Module, players: list[Player], inputs: Inputs | None) -> Tra
     if inputs is not None:
         ways["torch.export"] = lambda: _exported(model, inputs)
     failures = []
-    with untouched(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with untouched(model), silent():
         for way, make in ways.items():
             try:
                 traced = make()

@@ -14,7 +14,7 @@ from ocnopt.curvature.base import Preconditioner
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params
 
-__all__ = ["Group", "Mover", "Party", "Turn"]
+__all__ = ["Group", "Moments", "Mover", "Party", "Turn"]
 
 
 class Mover(Protocol):
@@ -98,16 +98,20 @@ class Turn:
     probe: Params | None = None
 
 
+Moments = Callable[[list[tuple[Turn, Turn]]], list[tuple[Tensor, Tensor]]]
+
+
 class Party(Protocol):
     """Players of one stage who solve jointly: M has blocks off its diagonal between them."""
 
     turns: list[Turn]
 
-    def observe(self, cross: Callable[[Turn, Turn], tuple[Tensor, Tensor]]) -> None:
+    def observe(self, moments: Moments) -> None:
         """Update the cross blocks; every member has observed its own.
 
         Args:
-            cross: Returns two players' ``E[a_n a_m^T]`` and ``locations * E[V_h,n V_h,m^T]``.
+            moments: Returns, per pair of players, ``E[a_n a_m^T]`` and
+                ``locations * E[V_h,n V_h,m^T]``.
         """
 
     def solve(self, directions: list[Params]) -> list[Params]:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["Inputs", "same_result", "untouched"]
+__all__ = ["Inputs", "same_result", "silent", "untouched"]
 
 #: Positional and keyword arguments of a call.
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Swallow warnings, log lines and what tracers print: what fails ends in an error of ours."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.ERROR))
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

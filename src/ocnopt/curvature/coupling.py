@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ocnopt.curvature.factorize import singular_bases, spd_factor
 
-__all__ = ["Coupling", "Many", "Pair", "couple"]
+__all__ = ["Coarse", "Coupling", "Many", "Pair", "couple"]
 
 Correlations = Mapping[tuple[int, int], tuple[Tensor, Tensor]]
 
@@ -38,9 +38,11 @@ class Coupling(ABC):
 
     Attributes:
         failures: How often correlations had to be scaled down.
+        strength: A bound on the norm of what C has beside the identity.
     """
 
     failures: int = 0
+    strength: float = 0.0
 
     @abstractmethod
     def solve(self, ys: list[Tensor]) -> list[Tensor]:
@@ -49,6 +51,13 @@ class Coupling(ABC):
     @abstractmethod
     def gram(self, ys: list[Tensor]) -> Tensor:
         """``y_k^T C^-1 y_l`` for players' matrices (B, r, groups, out, in): (B, r, r)."""
+
+    def added(self, ys: list[Tensor]) -> Tensor:
+        """What C adds to the players' own products, as in :meth:`gram`."""
+        total = self.gram(ys)
+        for y in ys:
+            total = total - products(y, y)
+        return total
 
 
 class Pair(Coupling):
@@ -71,6 +80,7 @@ class Pair(Coupling):
                 values.mul_(MOST / most)
                 self.failures += 1
         c = b_values[:, :, None] * a_values[:, None, :]
+        self.strength = float(c.max())
         rest = 1 - c * c
         #: What coupling adds to the inverse's diagonal and puts beside it, (groups, kb, ka).
         self.own = c * c / rest
@@ -87,11 +97,14 @@ class Pair(Coupling):
 
     def gram(self, ys: list[Tensor]) -> Tensor:
         """The players' own products, and what coupling adds."""
+        return products(ys[0], ys[0]) + products(ys[1], ys[1]) + self.added(ys)
+
+    def added(self, ys: list[Tensor]) -> Tensor:
+        """From the canonical coordinates alone."""
         u = self.b_left.mT @ ys[0] @ self.a_left
         v = self.b_right.mT @ ys[1] @ self.a_right
-        added = products(u, self.own * u - self.cross * v)
-        added = added + products(v, self.own * v - self.cross * u)
-        return products(ys[0], ys[0]) + products(ys[1], ys[1]) + added
+        first = products(u, self.own * u - self.cross * v)
+        return first + products(v, self.own * v - self.cross * u)
 
     def outer_gram(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
         """What coupling adds to the Gram matrices of outer products, one location per sample.
@@ -116,12 +129,14 @@ class Many(Coupling):
     Args:
         correlations: By pair of players (n, m), n < m: correlation of inputs and of gradients.
         players: How many there are.
+        tolerance: Relative error allowed in Gram numbers.
 
     Raises:
         ValueError: The correlations are not finite.
     """
 
-    def __init__(self, correlations: Correlations, players: int) -> None:
+    def __init__(self, correlations: Correlations, players: int, tolerance: float = 0.0) -> None:
+        self.tolerance = tolerance
         scale = 1.0
         while not all(_definite(correlations, players, side, scale) for side in (0, 1)):
             scale *= 0.9
@@ -132,6 +147,12 @@ class Many(Coupling):
             pair: (a * scale, b * scale) if self.failures else (a, b)
             for pair, (a, b) in correlations.items()
         }
+        rows = [0.0] * players
+        for pair, (a, b) in self.correlations.items():
+            norm = float(_norm_bound(a) * _norm_bound(b))
+            for n in pair:
+                rows[n] += norm
+        self.strength = max(rows)
 
     def times(self, ys: list[Tensor]) -> list[Tensor]:
         """``C y``."""
@@ -147,20 +168,23 @@ class Many(Coupling):
 
     def gram(self, ys: list[Tensor]) -> Tensor:
         """At rank one half the digits do: a quadratic form's error is the solution's squared."""
-        digits = 0.5 if ys[0].shape[1] == 1 else 0.7
-        solved = conjugate_gradients(self.times, ys, torch.finfo(ys[0].dtype).eps ** digits)
+        eps = torch.finfo(ys[0].dtype).eps
+        one = ys[0].shape[1] == 1
+        goal = max(self.tolerance, eps) ** 0.5 if one else max(self.tolerance, eps**0.7)
+        solved = conjugate_gradients(self.times, ys, goal)
         total = products(ys[0], solved[0])
         for y, x in zip(ys[1:], solved[1:], strict=True):
             total = total + products(y, x)
         return (total + total.mT) / 2
 
 
-def couple(correlations: Correlations, players: int) -> Coupling:
+def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> Coupling:
     """The coupling of the players of a stage.
 
     Args:
         correlations: By pair of players (n, m), n < m: correlation of inputs and of gradients.
         players: How many there are, at least two.
+        tolerance: Relative error allowed in Gram numbers.
 
     Raises:
         ValueError: The correlations are not finite.
@@ -168,7 +192,54 @@ def couple(correlations: Correlations, players: int) -> Coupling:
     if players == 2:
         ((a, b),) = correlations.values()
         return Pair(a, b)
-    return Many(correlations, players)
+    return Many(correlations, players, tolerance)
+
+
+def _norm_bound(matrix: Tensor) -> Tensor:
+    """At least the spectral norm of every block, without a decomposition."""
+    sums = [torch.linalg.matrix_norm(matrix, order) for order in (1, float("inf"))]
+    bound: Tensor = (sums[0] * sums[1]).sqrt().max()
+    return bound
+
+
+class Coarse:
+    """A coupling for Gram numbers, in the coordinates that correlations are seen in.
+
+    Players share few directions: those in which inputs are large, which an eigenbasis has apart.
+
+    Args:
+        correlations: As in :func:`couple`.
+        players: How many there are.
+        tolerance: How much of C, in norm, may be left out.
+
+    Attributes:
+        coupling: Between what is kept; None where that is nothing.
+        inputs: The coordinates kept of every player's inputs.
+    """
+
+    def __init__(self, correlations: Correlations, players: int, tolerance: float) -> None:
+        sizes: list[Tensor | None] = [None] * players
+        for (n, m), (a, b) in correlations.items():
+            weight = _norm_bound(b)
+            for player, rows in ((n, a), (m, a.mT)):
+                squares = (rows.square().sum(-1).amax(0)) * weight**2
+                known = sizes[player]
+                sizes[player] = squares if known is None else torch.maximum(known, squares)
+        self.inputs = [_largest(s, tolerance / players) for s in sizes if s is not None]
+        self.coupling: Coupling | None = None
+        if all(len(kept) for kept in self.inputs):
+            small = {
+                (n, m): (a[:, self.inputs[n][:, None], self.inputs[m]], b)
+                for (n, m), (a, b) in correlations.items()
+            }
+            self.coupling = couple(small, players, tolerance)
+
+
+def _largest(squares: Tensor, tolerance: float) -> Tensor:
+    """Indices of the entries without which the root of the sum is at most the tolerance."""
+    values, order = squares.sort()
+    dropped = int((values.cumsum(0) <= tolerance**2).sum())
+    return order[dropped:].sort().values
 
 
 def _definite(correlations: Correlations, players: int, side: int, scale: float) -> bool:

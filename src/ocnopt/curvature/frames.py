@@ -39,8 +39,8 @@ class Frame(ABC):
         """What the coordinates are computed in."""
 
     @abstractmethod
-    def enter(self, matrix: Tensor) -> Tensor:
-        """``W^-T d``."""
+    def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """``W^-T d``, of all coordinates of the inputs or of some."""
 
     @abstractmethod
     def leave(self, matrix: Tensor) -> Tensor:
@@ -92,9 +92,10 @@ class KroneckerFrame(Frame):
         """That of the factors."""
         return self._a.dtype
 
-    def enter(self, matrix: Tensor) -> Tensor:
+    def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
         """``C_B^T D C_A``."""
-        return self.b_root.mT @ matrix @ self.a_root
+        a_root = self.a_root if inputs is None else self.a_root[:, :, inputs]
+        return self.b_root.mT @ (matrix @ a_root)
 
     def leave(self, matrix: Tensor) -> Tensor:
         """``C_B Y C_A^T``."""
@@ -143,9 +144,12 @@ class EigenFrame(Frame):
         """``C_B``."""
         return self._roots[1]
 
-    def enter(self, matrix: Tensor) -> Tensor:
+    def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
         """``(U_B^T D U_A) / sqrt(scales)``."""
-        return (self.metric.basis_b.mT @ matrix @ self.metric.basis_a) / self.scales
+        basis, scales = self.metric.basis_a, self.scales
+        if inputs is not None:
+            basis, scales = basis[:, :, inputs], scales[:, :, inputs]
+        return (self.metric.basis_b.mT @ (matrix @ basis)) / scales
 
     def leave(self, matrix: Tensor) -> Tensor:
         """``U_B (Y / sqrt(scales)) U_A^T``."""

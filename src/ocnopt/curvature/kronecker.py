@@ -21,11 +21,14 @@ class Factored(Preconditioner):
         damping: Tikhonov damping, in the units of the curvature.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
         update_every: Steps between two updates of the factors and their factorization.
+        gram_tolerance: Relative error allowed where the Bellman pass measures samples' gradients
+            under M (about that size enters the value function, times how far it is shrunk).
     """
 
     damping: float = 0.1
     decay: float = 0.9
     update_every: int = 10
+    gram_tolerance: float = 0.01
 
     decay_first: ClassVar[bool] = False
     factored: ClassVar[bool] = True
@@ -34,6 +37,7 @@ class Factored(Preconditioner):
         self.check("damping", self.damping > 0, "it must be positive")
         self.check("decay", 0 <= self.decay < 1, "it must lie in [0, 1)")
         self.check("update_every", self.update_every >= 1, "it must be at least 1")
+        self.check("gram_tolerance", 0 <= self.gram_tolerance < 1, "it must lie in [0, 1)")
 
     def _due(self, state: State) -> bool:
         count = state.get("step", 0)
@@ -67,6 +71,8 @@ class KFAC(Factored):
         damping: Tikhonov damping, in the units of the curvature.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
         update_every: Steps between two updates of the factors and their factorization.
+        gram_tolerance: Relative error allowed in samples' Gram numbers under the joint M of players
+            who cooperate; a player's own are exact.
 
     Raises:
         OptionError: An option out of range.
@@ -102,6 +108,7 @@ class EKFAC(Factored):
         damping: Added to the eigenvalues.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
         update_every: Steps between two updates of the factors and their eigenbasis.
+        gram_tolerance: Relative error allowed in samples' Gram numbers; 0 looks at every direction.
         eigen_decay: Smoothing of the corrected eigenvalues, in [0, 1].
 
     Raises:
@@ -129,7 +136,14 @@ class EKFAC(Factored):
             state["m2"] = basis_b.spectrum[:, :, None] * basis_a.spectrum[:, None, :]
             failures = basis_a.failures + basis_b.failures
         self._report(seen, state, self.damping, failures)
-        metric = Eigen(seen.rates, seen.layer, state["U_A"], state["U_B"], state["m2"])
+        metric = Eigen(
+            seen.rates,
+            seen.layer,
+            state["U_A"],
+            state["U_B"],
+            state["m2"],
+            self.gram_tolerance,
+        )
         if self.eigen_decay < 1:
             turned = metric.rotate(seen.mean())
             state["m2"] = torch.mul(state["m2"], self.eigen_decay).addcmul_(

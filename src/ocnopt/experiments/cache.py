@@ -23,9 +23,12 @@ __all__ = ["Cache", "key_of"]
 #: Settings that do not change what a run comes to.
 _WITHOUT_EFFECT = ("data_root", "threads", "log_every", "checkpoint_every", "curve")
 #: Parts of the package that runs compute with.
-_COMPUTING = ("control", "curvature", "layers", "losses", "optim", "experiments/data")
+_COMPUTING = (
+    *("control", "curvature", "layers", "losses", "optim"),
+    *("experiments/data", "experiments/networks"),
+)
 _COMPUTING_FILES = (
-    *("datasets", "networks", "optimizers", "order", "outcome", "setup", "together", "training"),
+    *("datasets", "optimizers", "order", "outcome", "setup", "together", "training"),
 )
 
 

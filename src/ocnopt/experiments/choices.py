@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ocnopt.experiments.errors import InputError
+from ocnopt.experiments.problems import NETWORK_SETTINGS
 from ocnopt.experiments.recipes import RECIPES
 
 __all__ = ["with_recipe"]
-
-_OF_A_NETWORK = ("widths", "activation", "head", "channels", "hidden", "pools")
 
 
 def with_recipe(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +35,6 @@ def with_recipe(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
         settings.pop("steps", None)
         settings.pop("epochs", None)
     if chosen.get("network", settings.get("network", "fcn")) != settings.get("network", "fcn"):
-        for name in _OF_A_NETWORK:
+        for name in NETWORK_SETTINGS:
             settings.pop(name, None)
     return {**settings, **chosen}

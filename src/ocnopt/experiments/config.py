@@ -11,12 +11,16 @@ from typing import Any, get_args
 
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.problems import (
+    BLOCK_WIDTHS,
     LEARNING_RATES,
+    NETWORK_SETTINGS,
+    OF_LINEAR_LAYERS,
     PROBLEMS,
     Activation,
     DatasetName,
     Head,
     NetworkName,
+    Norm,
     OptimizerName,
     Problem,
 )
@@ -43,17 +47,21 @@ class TrainConfig:
         dataset: Data set to train on: a name, or `module:function` that returns a
             :class:`~ocnopt.experiments.datasets.Data` or the tensors or arrays (train_x, train_y,
             test_x, test_y).
-        network: Network recipe, `fcn` or `cnn`, or `module:function` that is called with
-            (shape, classes), or with nothing if it takes nothing, and returns an `nn.Module`.
+        network: Network recipe, `fcn`, `cnn`, `residual-fcn`, `residual-cnn` or `inception`, or
+            `module:function` that is called with (shape, classes), or with nothing if it takes
+            nothing, and returns an `nn.Module`.
         optimizer: Optimizer by its command-line name, or `package.module:Class`.
         lr: Learning rate, positive.
         options: Keyword options of the optimizer's class.
-        widths: Hidden widths of `fcn`.
-        activation: Non-linearity of `fcn`.
+        widths: Hidden widths of `fcn`; widths, or channels, of the blocks of `residual-fcn`,
+            `residual-cnn` and `inception`.
+        activation: Non-linearity of `fcn` and `residual-fcn`.
         head: What `fcn` applies to its last layer's output.
         channels: Channels of `cnn`.
         hidden: Width between the two linear layers of `cnn`.
         pools: Convolutions of `cnn`, two out of 1 to 4, that a max-pool follows.
+        depth: Layers on the main path of a block of `residual-fcn` and `residual-cnn`.
+        norm: Normalization in `residual-cnn` and `inception`.
         validation: Share of the training set that is kept apart, always the same one, and tested
             on in place of the test set, as tuning needs it; in [0, 1).
         batch_size: Samples per step; an epoch's last incomplete batch is dropped.
@@ -64,8 +72,9 @@ class TrainConfig:
         resume: Take up the run in `output` from its checkpoint.
         data_root: Folder with the data sets that are files.
         device: Torch device.
-        threads: Threads that torch may use. None: one for `fcn`, whose products are too small to
-            be shared and suffer badly where cores are busy; torch's own setting for `cnn`.
+        threads: Threads that torch may use. None: one for `fcn` and `residual-fcn`, whose products
+            are too small to be shared and suffer badly where cores are busy; torch's own setting
+            for networks of convolutions.
         log_every: Steps from one logged row to the next; epoch ends are logged too.
         curve: Whether a grid keeps this run's loss and accuracy over time.
         checkpoint_every: Steps from one checkpoint to the next; epoch ends are kept too.
@@ -85,6 +94,8 @@ class TrainConfig:
     channels: int | None = None
     hidden: int | None = None
     pools: tuple[int, int] | None = None
+    depth: int | None = None
+    norm: Norm | None = None
     validation: float = 0.0
     batch_size: int | None = None
     epochs: int | None = None
@@ -107,6 +118,7 @@ class TrainConfig:
             ("optimizer", OptimizerName, "package.module:Class"),
             ("activation", Activation, ""),
             ("head", Head, ""),
+            ("norm", Norm, ""),
         ):
             value, choices = getattr(self, name), get_args(kind)
             fits = value in choices or (value is None and not own) or (own and ":" in value)
@@ -116,7 +128,7 @@ class TrainConfig:
                     f"{name} {value!r} is not known; choose from {', '.join(choices)}{more}"
                 )
         whole = ("batch_size", "epochs", "steps", "threads", "log_every", "checkpoint_every")
-        for name in (*whole, "channels", "hidden"):
+        for name in (*whole, "channels", "hidden", "depth"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
@@ -129,17 +141,16 @@ class TrainConfig:
             raise InputError(f"widths must be one or more positive numbers, not {self.widths}")
         if not 0 <= self.validation < 1:
             raise InputError(f"validation must be a share in [0, 1), not {self.validation}")
-        if self.network == "cnn" and self.dataset in ("wine", "clusters"):
+        ours = self.network in get_args(NetworkName)
+        if ours and self.network not in OF_LINEAR_LAYERS and self.dataset in ("wine", "clusters"):
             raise InputError(
-                f"network cnn needs images and {self.dataset} has none; use --network fcn"
+                f"network {self.network} needs images and {self.dataset} has none; use --network "
+                f"{' or '.join(sorted(OF_LINEAR_LAYERS))}"
             )
-        belong = {"fcn": ("widths", "activation", "head"), "cnn": ("channels", "hidden", "pools")}
-        for network, names in belong.items():
-            given = [name for name in names if getattr(self, name) is not None]
-            if given and self.network != network:
+        for name, networks in NETWORK_SETTINGS.items():
+            if getattr(self, name) is not None and self.network not in networks:
                 raise InputError(
-                    f"{' and '.join(given)} belong{'s' if len(given) == 1 else ''} to --network "
-                    f"{network}, not to {self.network}"
+                    f"{name} belongs to --network {', '.join(networks)}, not to {self.network}"
                 )
         pools = self.pools
         if pools is not None and not (len(pools) == 2 and 1 <= pools[0] < pools[1] <= 4):
@@ -152,21 +163,29 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """Return the same run with every default filled in."""
         problem = PROBLEMS.get(self.dataset, _OWN)  # type: ignore[call-overload]
-        fcn, cnn = self.network == "fcn", self.network == "cnn"
+        network = {
+            "widths": BLOCK_WIDTHS.get(self.network, problem.widths),
+            "activation": problem.activation,
+            "head": "identity",
+            "channels": 32,
+            "hidden": 128,
+            "pools": (2, 4),
+            "depth": 2,
+            "norm": "none",
+        }
+        given: dict[str, Any] = {
+            name: (getattr(self, name) or usual) if self.network in NETWORK_SETTINGS[name] else None
+            for name, usual in network.items()
+        }
         no_end = self.epochs is None and self.steps is None
         return replace(
             self,
             lr=LEARNING_RATES[self.optimizer] if self.lr is None else self.lr,  # type: ignore[index]
             options=dict(self.options),
-            widths=(self.widths or problem.widths) if fcn else None,
-            activation=(self.activation or problem.activation) if fcn else None,
-            head=(self.head or "identity") if fcn else None,
-            channels=(self.channels or 32) if cnn else None,
-            hidden=(self.hidden or 128) if cnn else None,
-            pools=(self.pools or (2, 4)) if cnn else None,
+            **given,
             batch_size=self.batch_size or problem.batch_size,
             epochs=DEFAULT_EPOCHS if no_end else self.epochs,
-            threads=1 if fcn and self.threads is None else self.threads,
+            threads=self.threads or (1 if self.network in OF_LINEAR_LAYERS else None),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -16,6 +16,16 @@ from ocnopt.experiments.problems import OptimizerName
 # What the training run itself provides.
 _PROVIDED = frozenset({"self", "model", "criterion", "params", "lr"})
 
+# The library's, by their names on the command line.
+_OURS = {
+    "ddpnopt": "DDPNOpt",
+    "dgnopt": "DGNOpt",
+    "kfac": "KFAC",
+    "ekfac": "EKFAC",
+    "vanilla-ddp": "VanillaDDP",
+    "emsa": "EMSA",
+}
+
 
 def build(
     name: OptimizerName | str,
@@ -76,17 +86,11 @@ def _class(name: OptimizerName | str) -> Callable[..., torch.optim.Optimizer]:
         return torch.optim.RMSprop
     if name == "adam":
         return torch.optim.Adam
-    import ocnopt
-
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "ddpnopt": ocnopt.DDPNOpt,
-        "kfac": ocnopt.KFAC,
-        "ekfac": ocnopt.EKFAC,
-        "vanilla-ddp": ocnopt.VanillaDDP,
-        "emsa": ocnopt.EMSA,
-    }
     if ":" not in name:
-        return kinds[name]
+        import ocnopt
+
+        own: Callable[..., torch.optim.Optimizer] = getattr(ocnopt, _OURS[name])
+        return own
     kind: Callable[..., torch.optim.Optimizer] = find(name, "optimizer")
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise InputError(f"optimizer {name} is no torch.optim.Optimizer")

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 DatasetName = Literal["digits", "wine", "clusters", "mnist", "fashion-mnist", "cifar-10", "svhn"]
-NetworkName = Literal["fcn", "cnn"]
-OptimizerName = Literal["ddpnopt", "kfac", "ekfac", "sgd", "rmsprop", "adam", "vanilla-ddp", "emsa"]
+NetworkName = Literal["fcn", "cnn", "residual-fcn", "residual-cnn", "inception"]
+OptimizerName = Literal[
+    "ddpnopt", "dgnopt", "kfac", "ekfac", "sgd", "rmsprop", "adam", "vanilla-ddp", "emsa"
+]
 Activation = Literal["tanh", "relu", "sigmoid"]
 Head = Literal["identity", "sigmoid"]
+Norm = Literal["none", "batch", "group"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,30 @@ PROBLEMS: Mapping[DatasetName, Problem] = {
     "svhn": Problem(batch_size=128, widths=(32, 32, 32, 32), activation="relu"),
 }
 
+#: Settings of a network, and the networks that have them.
+NETWORK_SETTINGS: Mapping[str, tuple[NetworkName, ...]] = {
+    "widths": ("fcn", "residual-fcn", "residual-cnn", "inception"),
+    "activation": ("fcn", "residual-fcn"),
+    "head": ("fcn",),
+    "channels": ("cnn",),
+    "hidden": ("cnn",),
+    "pools": ("cnn",),
+    "depth": ("residual-fcn", "residual-cnn"),
+    "norm": ("residual-cnn", "inception"),
+}
+#: Widths of the blocks of a network that has blocks.
+BLOCK_WIDTHS: Mapping[str, tuple[int, ...]] = {
+    "residual-fcn": (32, 32, 24, 16),
+    "residual-cnn": (16, 32, 64),
+    "inception": (16, 32),
+}
+#: Networks of linear layers, whose inputs need not be images.
+OF_LINEAR_LAYERS: frozenset[str] = frozenset({"fcn", "residual-fcn"})
+
 # Middle-of-the-range learning rates: a run without --lr should train, not be the best there is.
 LEARNING_RATES: Mapping[OptimizerName, float] = {
     "ddpnopt": 0.1,
+    "dgnopt": 0.03,
     "kfac": 0.03,
     "ekfac": 0.03,
     "sgd": 0.1,

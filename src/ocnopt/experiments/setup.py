@@ -114,14 +114,23 @@ def build_network(config: TrainConfig, data: Data) -> nn.Module:
     Raises:
         InputError: The network does not fit the data, or is no module.
     """
-    if config.network == "cnn":
-        assert config.channels and config.hidden and config.pools  # resolved
-        recipe = networks.CNN(config.channels, config.hidden, config.pools)
-        return networks.cnn(recipe, data.shape, data.classes)
-    if config.network == "fcn":
-        return networks.fcn(fcn_recipe(config), data.shape, data.classes)
+    c, fits = config, (data.shape, data.classes)
+    if c.network == "fcn":
+        return networks.fcn(fcn_recipe(c), *fits)
+    if c.network == "cnn":
+        assert c.channels and c.hidden and c.pools  # resolved
+        return networks.cnn(networks.CNN(c.channels, c.hidden, c.pools), *fits)
+    if c.network == "residual-fcn":
+        assert c.widths and c.depth and c.activation
+        return networks.residual_fcn(networks.ResidualFCN(c.widths, c.depth, c.activation), *fits)
+    if c.network == "residual-cnn":
+        assert c.widths and c.depth and c.norm
+        return networks.residual_cnn(networks.ResidualCNN(c.widths, c.depth, c.norm), *fits)
+    if c.network == "inception":
+        assert c.widths and c.norm
+        return networks.inception(networks.Inception(c.widths, c.norm), *fits)
     build = find(config.network, "network")
-    model = build(*_arguments(config.network, build, (data.shape, data.classes)))
+    model = build(*_arguments(config.network, build, fits))
     if not isinstance(model, nn.Module):
         raise InputError(
             f"network {config.network} returned {type(model).__name__}, not an nn.Module"

@@ -108,7 +108,11 @@ def print_result(console: Console, result: TrainResult) -> None:
     config = result.config
     network: str = config.network
     if config.widths is not None:
-        network += f" {'-'.join(map(str, config.widths))} {config.activation}"
+        network += f" {'-'.join(map(str, config.widths))}"
+    if config.activation is not None:
+        network += f" {config.activation}"
+    if config.norm not in (None, "none"):
+        network += f" {config.norm} normalization"
     options = "".join(f" {name}={value}" for name, value in config.options.items())
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")

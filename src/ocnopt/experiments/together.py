@@ -7,6 +7,7 @@ agree with those of :func:`~ocnopt.experiments.training.train` up to rounding.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ocnopt.experiments import optimizers
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.order import DataOrder
 from ocnopt.experiments.outcome import Outcome, make_outcome
+from ocnopt.experiments.problems import OF_LINEAR_LAYERS
 from ocnopt.experiments.setup import build_network, correct, load_data, total_steps
 from ocnopt.experiments.training import threads
 from ocnopt.layers import StackedLinear
@@ -27,7 +29,9 @@ from ocnopt.layers import StackedLinear
 __all__ = ["can_be_together", "stack", "train_together"]
 
 #: Optimizers whose step on stacked layers is the step of every network alone.
-_STACKABLE = frozenset({"ddpnopt", "kfac", "ekfac", "sgd", "rmsprop", "adam"})
+_STACKABLE = frozenset({"ddpnopt", "dgnopt", "kfac", "ekfac", "sgd", "rmsprop", "adam"})
+#: Alignments that do not answer to the loss, which is that of all seeds.
+_ALIGNMENTS = ("auto", "early", "late", "random")
 #: Rows that are evaluated at once.
 _EVALUATION_ROWS = 10_000
 
@@ -35,41 +39,48 @@ _EVALUATION_ROWS = 10_000
 def can_be_together(config: TrainConfig) -> bool:
     """Whether seeds of this run can be trained at once."""
     options = config.options
+    alignment = options.get("alignment", "auto")
     return (
-        config.network == "fcn"
+        config.network in OF_LINEAR_LAYERS
         and config.optimizer in _STACKABLE
         and config.device == "cpu"
         and not options.get("measure_every")
         and options.get("dynamics_order", 1) == 1
+        and (isinstance(alignment, int) or alignment in _ALIGNMENTS)
     )
 
 
-def stack(networks: Sequence[nn.Module]) -> nn.Sequential:
-    """Stack networks of linear layers and parameter-free modules.
+def stack(networks: Sequence[nn.Module]) -> nn.Module:
+    """Stack networks whose parameters all belong to linear layers.
 
     Args:
-        networks: Sequences of the same layers.
+        networks: Modules of the same make.
 
     Returns:
-        One network with :class:`~ocnopt.layers.StackedLinear` in place of every `nn.Linear`, and
-        copies of their weights.
+        A copy of the first with :class:`~ocnopt.layers.StackedLinear` in place of every
+        `nn.Linear`, and copies of the weights of all.
+
+    Raises:
+        ValueError: A parameter or buffer belongs to something else.
     """
-    layers: list[nn.Module] = []
-    for same in zip(*networks, strict=True):
-        first = same[0]
-        if isinstance(first, nn.Linear):
-            stacked = StackedLinear(
-                len(same), first.in_features, first.out_features, first.bias is not None
-            )
-            layers.append(stacked.to(first.weight))
-        else:
-            layers.append(first)
-    model = nn.Sequential(*layers)
+    model = _with_stacked_layers(copy.deepcopy(networks[0]), len(networks))
     values, _ = torch.func.stack_module_state(list(networks))
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.copy_(values[name])
+    for name, kept in (*model.named_parameters(), *model.named_buffers()):
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), StackedLinear):
+            raise ValueError(f"{name} belongs to no linear layer, and cannot be stacked")
+        kept.data.copy_(values[name])
     return model
+
+
+def _with_stacked_layers(module: nn.Module, networks: int) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        stacked = StackedLinear(
+            networks, module.in_features, module.out_features, module.bias is not None
+        )
+        return stacked.to(module.weight)
+    for name, child in list(module.named_children()):
+        setattr(module, name, _with_stacked_layers(child, networks))
+    return module
 
 
 def train_together(

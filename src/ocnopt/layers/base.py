@@ -128,6 +128,11 @@ class Layer(ABC):
             return tuple(stacked)
         return tuple(p.reshape(p.shape[0] // fold, fold, *p.shape[1:]).sum(1) for p in stacked)
 
+    @property
+    def row_key(self) -> tuple[Any, ...]:
+        """What makes rows of the same input differ between layers."""
+        return (self.kind, self.has_weight, self.has_bias)
+
     # Kronecker structure; kinds with ``kronecker = True`` override them all.
 
     def rows(self, a: Tensor) -> Tensor:

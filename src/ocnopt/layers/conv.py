@@ -125,6 +125,12 @@ class ConvLayer(MatrixLayer):
             out = (weight.view(batch, *self.weight_shape),)
         return (*out, g.flatten(2).sum(-1)) if self.has_bias else out
 
+    @property
+    def row_key(self) -> tuple[Any, ...]:
+        """The patches' geometry too."""
+        geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        return (*super().row_key, *geometry)
+
     def rows(self, a: Tensor) -> Tensor:
         """(B, L, groups, in / groups * kernel [+ 1])."""
         return self.homogeneous(self.patches(a).permute(0, 3, 1, 2))

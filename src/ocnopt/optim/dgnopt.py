@@ -219,7 +219,7 @@ class DGNOpt(FeedbackOptimizer):
         groups = []
         self._alone = {}
         for stage in self.game.stages(self.rounds.alignment.arm):
-            mine = [here[p.name] for p in stage.players if p.name in here]
+            mine = [here.pop(p.name) for p in stage.players if p.name in here]
             if not mine:
                 continue
             group = Group(mine)
@@ -228,7 +228,8 @@ class DGNOpt(FeedbackOptimizer):
                 group.parties = list(found)
                 self._alone.update(alone)
             groups.append(group)
-        return groups
+        # What the model did not call when its game was found has no stage; it acts after all.
+        return groups + [Group([turn]) for turn in here.values()]
 
     # rounds
 

@@ -18,6 +18,7 @@ from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.figures.sensitivity import MOST
 from ocnopt.experiments.grid import run_grid
 from ocnopt.experiments.outcome import Outcome
+from ocnopt.experiments.problems import NETWORK_SETTINGS
 from ocnopt.experiments.setup import load_data, total_steps
 from ocnopt.experiments.watcher import Watcher
 
@@ -123,7 +124,7 @@ class Comparison:
 
 
 _SHARED = frozenset(
-    {"dataset", "network", "widths", "activation", "head", "channels", "hidden", "pools"}
+    {"dataset", "network", *NETWORK_SETTINGS}
     | {"validation", "batch_size", "epochs", "steps", "device"}
 )
 

@@ -103,13 +103,14 @@ def parse_rates(text: str) -> tuple[float, ...]:
 def usual_rates(optimizer: str, options: Mapping[str, Any]) -> tuple[float, ...]:
     """The sweep of an optimizer where none is given: a tenth to 30 times its usual rate.
 
-    What DDPNOpt shares with the optimizer that lends it M, it shares with it here, too.
+    What DDPNOpt and DGNOpt share with the optimizer that lends M, they share with it here, too.
 
     Raises:
         InputError: It is an optimizer of one's own, whose usual rate nobody knows.
     """
     known: Mapping[str, float] = {str(name): rate for name, rate in LEARNING_RATES.items()}
-    rate = known.get(str(options.get("preconditioner")), known.get(optimizer))
+    lender = str(options.get("preconditioner")).replace("identity", "sgd")
+    rate = known.get(lender, known.get(optimizer))
     if rate is None and ":" not in optimizer:
         raise InputError(
             f"optimizer {optimizer!r} is not known; choose from {', '.join(LEARNING_RATES)}, or"

@@ -60,9 +60,15 @@ def _how(c: Comparison) -> list[str]:
     base = c.base
     network = base.network
     if base.widths is not None:
-        network += f" of hidden widths {', '.join(map(str, base.widths))} and {base.activation}"
-        if base.head != "identity":
-            network += f", {base.head} on the outputs"
+        network += f" of hidden widths {', '.join(map(str, base.widths))}"
+    if base.activation is not None:
+        network += f" and {base.activation}"
+    if base.depth is not None:
+        network += f", {base.depth} layer{'s' if base.depth > 1 else ''} per block"
+    if base.norm not in (None, "none"):
+        network += f", {base.norm} normalization"
+    if base.head not in (None, "identity"):
+        network += f", {base.head} on the outputs"
     rates = len(c.entries[0].contender.lrs)
     runs = f"{rates} learning rate{'s' if rates > 1 else ''} and {c.seeds} seeds"
     return [

@@ -31,7 +31,7 @@ class Differences:
     Attributes:
         title: What is compared, such as "DDPNOpt vs SGD".
         learning_rates: Of the rows, top to bottom.
-        columns: The other setting, left to right.
+        columns: The other setting, left to right: numbers, or names.
         column_label: What that is, such as "value regularization".
         loss: Difference of the training loss, a row per learning rate; not finite where a run
             failed.
@@ -42,7 +42,7 @@ class Differences:
 
     title: str
     learning_rates: Sequence[float]
-    columns: Sequence[float]
+    columns: Sequence[float | str]
     column_label: str
     loss: Grid
     accuracy: Grid
@@ -106,7 +106,11 @@ def _draw(ax: Axes, panel: Differences, grid: Grid, colours: Colormap) -> None:
         for column, value in enumerate(line):
             note = panel.notes[row][column] if panel.notes is not None else ""
             _label(ax, row, column, value, note, limit)
-    ax.set_xticks(range(len(panel.columns)), [f"{value:g}" for value in panel.columns])
+    names = [
+        value.replace(" ", "\n") if isinstance(value, str) else f"{value:g}"
+        for value in panel.columns
+    ]
+    ax.set_xticks(range(len(panel.columns)), names)
     ax.set_yticks(range(len(panel.learning_rates)), [f"{r:g}" for r in panel.learning_rates])
     ax.set_xlabel(panel.column_label)
     # Grey lines between cells: those near zero are nearly white themselves.

@@ -56,4 +56,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "table9": Experiment(f"{_HERE}.feedback_grid", "table9", "training losses of figure4's grid"),
     "table10": Experiment(f"{_HERE}.feedback_grid", "table10", "accuracies of figure4's grid"),
+    "residual": Experiment(
+        f"{_HERE}.dgnopt_grid", "residual", "layers as players: a residual network (DIGITS)"
+    ),
+    "inception": Experiment(
+        f"{_HERE}.dgnopt_grid", "inception", "layers as players: a branching network (DIGITS)"
+    ),
 }

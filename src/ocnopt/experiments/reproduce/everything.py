@@ -58,10 +58,12 @@ def index_page(seen: dict[str, str], failed: dict[str, str]) -> str:
     rows += [[name, EXPERIMENTS[name].shows, f"Not run: {why}"] for name, why in failed.items()]
     return "\n".join(
         [
-            "# The paper's experiments, made anew",
+            "# The papers' experiments, made anew",
             "",
             "Liu, Chen and Theodorou, *DDPNOpt: Differential Dynamic Programming Neural "
-            "Optimizer*, ICLR 2021. Every page has the paper's figure beside ours.",
+            "Optimizer*, ICLR 2021: every page has the paper's figure beside ours. The pages on "
+            "residual and branching networks go with their *Dynamic Game Theoretic Neural "
+            "Optimizer*, ICML 2021, and are ours alone.",
             "",
             markdown_table(["", "what", "seen"], rows),
             "",

@@ -1,4 +1,4 @@
-"""Network recipes: a frozen dataclass says what, a plain function builds it."""
+"""Networks without shortcuts or branches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ocnopt.experiments.errors import InputError
+from ocnopt.experiments.networks.parts import ACTIVATIONS, require_images
 from ocnopt.experiments.problems import Activation, Head
 
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-}
+__all__ = ["CNN", "FCN", "cnn", "fcn"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def fcn(recipe: FCN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = math.prod(shape)
     for width in recipe.widths:
-        layers += [nn.Linear(inputs, width), _ACTIVATIONS[recipe.activation]()]
+        layers += [nn.Linear(inputs, width), ACTIVATIONS[recipe.activation]()]
         inputs = width
     layers.append(nn.Linear(inputs, classes))
     if recipe.head == "sigmoid":
@@ -83,8 +79,7 @@ def cnn(recipe: CNN, shape: tuple[int, ...], classes: int) -> nn.Sequential:
     Raises:
         InputError: If the inputs are no images, or too small to be pooled twice.
     """
-    if len(shape) != 3 or min(shape[1:]) < 4:
-        raise InputError(f"cnn needs images of at least 4x4 pixels, not inputs of shape {shape}")
+    require_images("cnn", shape, 4)
     inputs, height, width = shape
     layers: list[nn.Module] = []
     for number in (1, 2, 3, 4):

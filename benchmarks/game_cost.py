@@ -1,0 +1,165 @@
+"""Time per step and peak memory of DGNOpt, relative to EKFAC on the same network.
+
+    python benchmarks/game_cost.py [--nets residual,inception] [--page docs/results/game-cost.md]
+
+All optimizers take turns in one run, one step each per round. A step that refreshes the curvature
+costs more than the nine after it: the median is taken for each of the ten apart, then their mean.
+Memory is the peak of live tensor storage during a step that does not refresh.
+
+The networks "1 branch" to "8 branches" have one block of so many 3x3 convolutions side by side,
+with the same number of channels altogether: how the cost grows with the players of a stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from step_cost import CRITERION, Net, Run
+from torch import Tensor, nn
+
+import ocnopt
+from ocnopt.experiments.networks import (
+    Inception,
+    ResidualCNN,
+    ResidualFCN,
+    inception,
+    residual_cnn,
+    residual_fcn,
+)
+
+#: Steps between two refreshes of the curvature, the default.
+CYCLE = 10
+#: Channels of all branches together.
+CHANNELS = 32
+
+
+def _images(build: Callable[..., nn.Module], recipe: object, side: int, batch: int) -> Net:
+    shape = (3, side, side)
+    return build(recipe, shape, 10), torch.randn(batch, *shape), torch.randint(10, (batch,))
+
+
+class Branches(nn.Module):
+    """A stem, 3x3 convolutions side by side, and a head."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(CHANNELS, CHANNELS // count, 3, padding=1) for _ in range(count)
+        )
+        self.head = nn.Linear(CHANNELS, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, 10)."""
+        x = torch.relu(self.stem(x))
+        x = torch.cat([branch(x) for branch in self.branches], 1)
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
+def _branches(count: int) -> Net:
+    return Branches(count), torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
+
+
+NETS: dict[str, Callable[[], Net]] = {
+    "digits-residual": lambda: (
+        residual_fcn(ResidualFCN(), (64,), 10),
+        torch.randn(8, 64),
+        torch.randint(10, (8,)),
+    ),
+    "residual": partial(_images, residual_cnn, ResidualCNN((16, 32, 64)), 32, 32),
+    "inception": partial(_images, inception, Inception((16, 32, 64)), 32, 32),
+    **{f"{n} branch{'es' if n > 1 else ''}": partial(_branches, n) for n in (1, 2, 4, 8)},
+}
+
+
+def _dgnopt(model: nn.Module, **options: str) -> torch.optim.Optimizer:
+    return ocnopt.DGNOpt(model, CRITERION, lr=1e-4, **options)  # type: ignore[arg-type]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
+    "KFAC": lambda m: ocnopt.KFAC(m, CRITERION, lr=1e-4),
+    "EKFAC": lambda m: ocnopt.EKFAC(m, CRITERION, lr=1e-4),
+    **{
+        f"DGNOpt {kind}, {information}": partial(
+            _dgnopt, preconditioner=kind, information=information
+        )
+        for kind in ("kfac", "ekfac")
+        for information in ("feedback", "group-rational")
+    },
+    "DGNOpt ekfac, group-rational, no recursion": partial(
+        _dgnopt, preconditioner="ekfac", information="group-rational", bellman="off"
+    ),
+}
+
+
+def measure(net: str, cycles: int) -> dict[str, dict[str, float]]:
+    """Seconds and peak bytes of a step per optimizer."""
+    device = torch.device("cpu")
+    runs = {name: Run(NETS[net], make, device) for name, make in OPTIMIZERS.items()}
+    for run in runs.values():
+        for _ in range(CYCLE):
+            run.step()
+    for _ in range(cycles * CYCLE):
+        for run in runs.values():
+            run.timed()
+    found = {}
+    for name, run in runs.items():
+        phases = [statistics.median(run.times[i::CYCLE]) for i in range(CYCLE)]
+        run.step()  # the one that refreshes
+        found[name] = {"seconds": statistics.fmean(phases), "bytes": float(run.memory())}
+    return found
+
+
+def page(figures: dict[str, dict[str, dict[str, float]]], threads: int) -> str:
+    """The table as Markdown."""
+    lines = [
+        "# What a step of DGNOpt costs",
+        "",
+        f"Written by `python benchmarks/game_cost.py` ({threads} thread"
+        f"{'s' if threads > 1 else ''}, torch {torch.__version__}). Time and peak memory of one",
+        "step relative to EKFAC on the same network, refreshes of the curvature included; the",
+        "optimizers took turns in one run.",
+        "",
+        f"| optimizer | {' | '.join(f'{net} time | memory' for net in figures)} |",
+        f"|---|{'---|---|' * len(figures)}",
+    ]
+    for name in OPTIMIZERS:
+        cells = []
+        for table in figures.values():
+            row, base = table[name], table["EKFAC"]
+            cells.append(f"{row['seconds'] / base['seconds']:.2f}")
+            cells.append(f"{row['bytes'] / base['bytes']:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    milliseconds = ", ".join(
+        f"{net} {table['EKFAC']['seconds'] * 1e3:.2f} ms, {table['EKFAC']['bytes'] / 2**20:.1f} MiB"
+        for net, table in figures.items()
+    )
+    return "\n".join([*lines, "", f"EKFAC itself: {milliseconds}.", ""])
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cycles", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--page", type=Path, help="write the table here, figures beside it")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    figures = {net: measure(net, asked.cycles) for net in asked.nets.split(",")}
+    text = page(figures, asked.threads)
+    print(text)
+    if asked.page:
+        asked.page.write_text(text)
+        asked.page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Gram numbers that look at salient directions alone: their error is what was allowed."""
+
+import pytest
+import torch
+from torch import nn
+
+from ocnopt.curvature.metric import Eigen
+from ocnopt.layers.conv import ConvLayer
+from ocnopt.layers.linear import LinearLayer
+
+
+def bases(layer, inputs, outputs, dtype):
+    make = torch.Generator().manual_seed(0)
+
+    def orthonormal(n):
+        q, _ = torch.linalg.qr(torch.randn(n, n, generator=make, dtype=torch.float64))
+        return q[None].to(dtype)
+
+    spectrum = torch.logspace(1, -9, outputs)[:, None] * torch.logspace(1, -12, inputs)[None]
+    jitter = torch.rand(outputs, inputs, generator=make)
+    scales = (spectrum * jitter + 0.1)[None].to(dtype)
+    return (0.3,), layer, orthonormal(inputs), orthonormal(outputs), scales
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.01, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_error_is_within_the_tolerance(kind, dtype, tolerance):
+    torch.manual_seed(1)
+    if kind == "linear":
+        layer = LinearLayer(nn.Linear(80, 40), ("weight", "bias"))
+        parts = bases(layer, 81, 40, dtype)
+        a, columns = torch.randn(7, 80, dtype=dtype), torch.randn(2, 7, 40, dtype=dtype)
+        exact, rough = (Eigen(*parts, t).outer_gram(layer, a, columns) for t in (0.0, tolerance))
+    else:
+        layer = ConvLayer(nn.Conv2d(9, 40, 3), ("weight", "bias"))
+        parts = bases(layer, 82, 40, dtype)
+        gradients = (
+            torch.randn(7, 2, 40, 9, 3, 3, dtype=dtype),
+            torch.randn(7, 2, 40, dtype=dtype),
+        )
+        exact, rough = (Eigen(*parts, t).sample_gram(gradients) for t in (0.0, tolerance))
+    kept = Eigen(*parts, tolerance)._salient
+    assert kept[3] is not None, "nothing was left out: the test would prove nothing"
+    assert kept[0].shape[-1] * kept[1].shape[-1] < 81 * 40 / 2
+    size = exact.diagonal(dim1=1, dim2=2).max()
+    error = (rough - exact).abs().max() / size
+    assert float(error) <= tolerance
+
+
+def test_a_spectrum_too_wide_for_the_dtype_is_looked_at_in_full():
+    layer = LinearLayer(nn.Linear(80, 40), ("weight", "bias"))
+    rates, _, basis_a, basis_b, scales = bases(layer, 81, 40, torch.float32)
+    wide = scales.clone()
+    wide[0, 0, 0] = 1e6
+    assert Eigen(rates, layer, basis_a, basis_b, wide, 0.01)._salient[3] is None
+    assert Eigen(rates, layer, basis_a, basis_b, scales, 0.01)._salient[3] is not None
