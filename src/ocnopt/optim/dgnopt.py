@@ -63,13 +63,15 @@ class DGNOpt(FeedbackOptimizer):
         fictitious: A player without parameters at every stage, "cooperative" or "adversarial"
             (robust control), or None; needs a terminal of rank one.
         penalty: What that player pays; see :class:`~ocnopt.control.fictitious.Fictitious`.
-        preconditioner: As in ``DDPNOpt``, and so are all others.
-        bellman: How the value is pulled back through a stage.
-        rollout: Where the state differential comes from.
-        terminal: Hessian of the terminal cost.
+        preconditioner: M, as in ``DDPNOpt``; "kfac" and "ekfac" have blocks between players.
+        bellman: This and all that follow: as in ``DDPNOpt``. How the value is pulled back through
+            a stage.
+        rollout: Where the state differential comes from; "nonlinear" needs an alignment in the
+            order in which the model calls its layers.
+        terminal: Hessian of the terminal cost; "full" on chains alone.
         feedback_clip: Bound on a sample's feedback.
-        value_reg: Tikhonov term on V_xx; chains only.
-        dynamics_order: Expansion of the dynamics; chains only.
+        value_reg: Tikhonov term on V_xx, with ``terminal="full"``.
+        dynamics_order: Expansion of the dynamics, with ``terminal="full"``.
         momentum: On the preconditioned direction.
         weight_decay: L2 penalty.
         reduction: How the criterion reduces over samples.
@@ -103,7 +105,7 @@ class DGNOpt(FeedbackOptimizer):
         game: Game | None = None,
         fictitious: str | None = None,
         penalty: float = 1.0,
-        preconditioner: str | Preconditioner = "kfac",
+        preconditioner: str | Preconditioner = "ekfac",
         bellman: str = "share",
         rollout: str = "linear",
         terminal: str | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +30,7 @@ def print_inspection(console: Console, seen: Inspection) -> None:
         last = head == heads[-1]
         table.add_column(head, no_wrap=not last, overflow="fold")
     for stage, alive in zip(seen.game.stages(seen.alignment), seen.alive, strict=True):
-        state = " + ".join(_times(shape) for shape in alive.values())
+        state = _state(list(alive.values()))
         for player in stage.players:
             first = player is stage.players[0]
             cells = [player.name or "(the model)", f"{kind(player)} {_weight(player)}"]
@@ -65,6 +67,12 @@ def summary(seen: Inspection) -> list[str]:
         if len(seen.unowned) > _MOST:
             lines.append(f"  and {len(seen.unowned) - _MOST} more (--json lists all)")
     return lines
+
+
+def _state(shapes: list[tuple[int, ...]]) -> str:
+    """Shapes of the tensors alive, equal ones counted."""
+    counted = Counter(_times(shape) for shape in shapes)
+    return " + ".join(f"{n} of {shape}" if n > 1 else shape for shape, n in counted.items())
 
 
 def _count(number: int, one: str, many: str = "") -> str:

@@ -119,8 +119,6 @@ ROWS: tuple[Row, ...] = (
         3,
         1,
         3,
-        "E-MSA, whose step takes some twenty times SGD's, is left out",
-        ("E-MSA",),
     ),
 )
 _QUICK = ("wine-fcn", "digits-fcn")
