@@ -109,7 +109,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         **_INCEPTION,
         "widths": (16, 32),
         "batch_size": 16,
-        "steps": 900,
+        "steps": 400,
     },
     **{
         f"{name}-inception": {

@@ -27,6 +27,7 @@ from ocnopt.experiments.reproduce.dgnopt_cells import (
     run_rows,
     seeds_of,
 )
+from ocnopt.experiments.reproduce.dgnopt_damping import Damped, lines, plan
 from ocnopt.experiments.reproduce.report import Report, Settings, Watcher, markdown_table
 from ocnopt.experiments.setup import build_network, load_data
 from ocnopt.experiments.significance import difference
@@ -57,10 +58,13 @@ def _run(settings: Settings, watcher: Watcher, recipe: str, title: str) -> Repor
     base = _base(settings, recipe)
     wanted = {f.name: (f, [f.lender, *f.extensions]) for f in families}
     aligned = {f.name: (f, [f.aligned(a) for a in ALIGNMENTS]) for f in families if f.couples}
-    rows = run_rows(settings, base, [*wanted.values(), *aligned.values()], watcher)
+    damped = plan(settings.quick, costly=base.network == "inception")
+    everything = [*wanted.values(), *aligned.values(), *damped.values()]
+    rows = iter(run_rows(settings, base, everything, watcher))
     grid = dict(zip(wanted, rows, strict=False))
-    choices = dict(zip(aligned, rows[len(wanted) :], strict=True))
-    return _report(settings, base, title, grid, choices)
+    choices = dict(zip(aligned, rows, strict=False))
+    dampings = [Damped(*key, own) for key, own in zip(damped, rows, strict=True)]
+    return _report(settings, base, title, grid, choices, dampings)
 
 
 def _base(settings: Settings, recipe: str) -> TrainConfig:
@@ -77,6 +81,7 @@ def _report(
     title: str,
     grid: Mapping[str, list[Row]],
     choices: Mapping[str, list[Row]],
+    dampings: list[Damped],
 ) -> Report:
     save_differences(settings.picture, [_differences(rows) for rows in grid.values()])
     for name, rows in choices.items():
@@ -122,12 +127,14 @@ def _report(
         markdown_table(_BEST, [_best_line(row) for rows in grid.values() for row in rows]),
         "",
         *(line for name, rows in choices.items() for line in _alignments(settings, name, rows)),
+        *lines(dampings),
         "## E-MSA",
         "",
         _emsa(base),
         "",
     ]
-    cells = [c for rows in (*grid.values(), *choices.values()) for row in rows for c in row]
+    all_rows = [*grid.values(), *choices.values(), *(part.rows for part in dampings)]
+    cells = [c for rows in all_rows for row in rows for c in row]
     facts = {"settings": base.to_json(), "margin": MARGIN}
     raw = [cell.to_json() for cell in cells]
     return Report(columns, table, sentence, "\n".join(page), raw, facts)
