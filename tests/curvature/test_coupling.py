@@ -204,10 +204,27 @@ def test_impossible_correlations_are_scaled_down_and_counted():
 
 
 @pytest.mark.parametrize("players", [2, 3])
-def test_correlations_that_are_not_finite_are_refused(players):
-    bad = {
-        pair: (torch.full((1, 2, 2), torch.nan), torch.zeros(1, 2, 2))
-        for pair in itertools.combinations(range(players), 2)
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, 1.5])
+def test_a_group_that_goes_wrong_leaves_the_others_as_they_are(what, players):
+    """Groups are networks of their own where networks are stacked."""
+    dense = Dense(seen(players))
+    frames = dense.frames()
+    pairs = list(itertools.combinations(range(players), 2))
+    one = {
+        (n, m): frames[n].correlate(dense.a[n, m][None], dense.b[n, m][None], frames[m])
+        for n, m in pairs
     }
-    with pytest.raises(ValueError, match="finite"):
-        couple(bad, players)
+    both = {}
+    for pair, (a, b) in one.items():
+        wrong = torch.full_like(a, what) if what > 2 or what != what else a / a.norm() * what
+        both[pair] = torch.cat([wrong, a]), torch.cat([b / b.norm() if what == 1.5 else b, b])
+    alone, together = couple(one, players), couple(both, players)
+    assert alone.failures == 0
+    assert together.failures > 0
+    ys = [f.enter(d[None]) for f, d in zip(frames, directions(players), strict=True)]
+    doubled = together.solve([torch.cat([y, y]) for y in ys])
+    for mine, theirs, y in zip(doubled, alone.solve(ys), ys, strict=True):
+        torch.testing.assert_close(mine[1], theirs[0], rtol=1e-10, atol=1e-12)
+        assert bool(torch.isfinite(mine[0]).all())
+        if what != 1.5:  # there every player is by itself
+            torch.testing.assert_close(mine[0], y[0], rtol=0, atol=0)

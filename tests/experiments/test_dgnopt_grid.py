@@ -9,7 +9,7 @@ from ocnopt.experiments import optimizers
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.outcome import Outcome
 from ocnopt.experiments.recipes import RECIPES
-from ocnopt.experiments.reproduce import dgnopt_cells, dgnopt_grid, runner
+from ocnopt.experiments.reproduce import dgnopt_cells, dgnopt_damping, dgnopt_grid, runner
 from ocnopt.experiments.reproduce.dgnopt_cells import FAMILIES, Method, run_rows
 from ocnopt.experiments.reproduce.report import Settings
 from ocnopt.experiments.setup import build_network, load_data
@@ -43,7 +43,7 @@ def asked(monkeypatch):
                 loss, accuracy = None, 0.1
         if c.optimizer == "dgnopt":
             loss, accuracy = loss / 4, 0.84
-            if c.options["alignment"] == "early":
+            if c.options.get("alignment") == "early":
                 loss += 0.1
         return outcome(loss, accuracy, c.seed)
 
@@ -182,8 +182,21 @@ def test_pages(name, asked, tmp_path):
     # E-MSA is tried, and what it says is what the page says.
     assert "the network is no chain" in page
     raw = json.loads((tmp_path / f"{name}.json").read_text())
-    assert len(raw["rows"]) == 2 * (3 * 3 + 4 + 5)
+    damped = 1 * 4 * (1 if name == "inception" else 4)
+    assert len(raw["rows"]) == 2 * (3 * 3 + 4 + 5) + damped
+    assert page.count("training loss with group rationality") == damped // 4
     assert raw["settings"]["network"] == next(iter({c.network for c in asked}))
+
+
+def test_what_damping_changes_is_counted(asked):
+    family, methods = dgnopt_damping.plan(quick=False, costly=False)["kfac", 0.01]
+    assert [m.options["preconditioner"] for m in methods] == [{"name": "kfac", "damping": 0.01}] * 4
+    found = dgnopt_damping.Damped("kfac", 0.01, rows_of(family, methods))
+    (line,) = [line for line in dgnopt_damping.lines([found]) if line.startswith("- ")]
+    # As invented: late play is feedback's equal, early play is worse everywhere.
+    assert "**KFAC, damping 0.01**" in line
+    assert "Late: lower at 0 of 3 learning rates, higher at 0" in line
+    assert "early: lower at 0 of 3 learning rates, higher at 3" in line
 
 
 def test_where_emsa_runs_the_page_says_so():

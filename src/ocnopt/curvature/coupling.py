@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ocnopt.curvature.factorize import singular_bases, spd_factor
+from ocnopt.curvature.factorize import definite, singular_bases
 
 __all__ = ["Coarse", "Coupling", "Many", "Pair", "couple"]
 
@@ -34,7 +34,7 @@ class Coupling(ABC):
     """``C``, the identity with correlations between players off its diagonal.
 
     Running means that began at different steps can claim correlations that no data have; these
-    are scaled down, all alike, until C is positive definite.
+    are scaled down, all of a group alike, until C is positive definite there.
 
     Attributes:
         failures: How often correlations had to be scaled down.
@@ -75,10 +75,10 @@ class Pair(Coupling):
         self.a_left, a_values, self.a_right = singular_bases(a)
         self.b_left, b_values, self.b_right = singular_bases(b)
         for values in (a_values, b_values):
-            most = values.max()
-            if float(most) >= 1:
-                values.mul_(MOST / most)
-                self.failures += 1
+            most = values.amax(-1, keepdim=True)
+            over = most >= 1
+            values.mul_(torch.where(over, MOST / most, 1))
+            self.failures += int(over.any())
         c = b_values[:, :, None] * a_values[:, None, :]
         self.strength = float(c.max())
         rest = 1 - c * c
@@ -131,18 +131,23 @@ class Many(Coupling):
         players: How many there are.
         tolerance: Relative error allowed in Gram numbers.
 
-    Raises:
-        ValueError: The correlations are not finite.
     """
 
     def __init__(self, correlations: Correlations, players: int, tolerance: float = 0.0) -> None:
         self.tolerance = tolerance
-        scale = 1.0
-        while not all(_definite(correlations, players, side, scale) for side in (0, 1)):
-            scale *= 0.9
+        a, _ = next(iter(correlations.values()))
+        scale = a.new_ones(a.shape[0], 1, 1)
+        for _ in range(RAISES):
+            wrong = ~(
+                _definite(correlations, players, 0, scale)
+                & _definite(correlations, players, 1, scale)
+            )
+            if not bool(wrong.any()):
+                break
+            scale = torch.where(wrong[:, None, None], 0.9 * scale, scale)
             self.failures += 1
-            if self.failures > RAISES:
-                raise ValueError("the correlations of players are not finite")
+        else:
+            scale = torch.where(wrong[:, None, None], 0, scale)
         self.correlations = {
             pair: (a * scale, b * scale) if self.failures else (a, b)
             for pair, (a, b) in correlations.items()
@@ -187,12 +192,31 @@ def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> 
         tolerance: Relative error allowed in Gram numbers.
 
     Raises:
-        ValueError: The correlations are not finite.
+        ValueError: No singular vectors could be had.
     """
+    correlations, failures = _finite(correlations)
     if players == 2:
         ((a, b),) = correlations.values()
-        return Pair(a, b)
-    return Many(correlations, players, tolerance)
+        coupling: Coupling = Pair(a, b)
+    else:
+        coupling = Many(correlations, players, tolerance)
+    coupling.failures += failures
+    return coupling
+
+
+def _finite(correlations: Correlations) -> tuple[Correlations, int]:
+    """Correlations without the groups in which one is not finite; whether there were such."""
+    sound = torch.stack(
+        [torch.isfinite(x).flatten(1).all(1) for pair in correlations.values() for x in pair]
+    ).all(0)
+    if bool(sound.all()):
+        return correlations, 0
+    keep = sound[:, None, None]
+    kept = {
+        pair: (torch.where(keep, a, 0), torch.where(keep, b, 0))
+        for pair, (a, b) in correlations.items()
+    }
+    return kept, 1
 
 
 def _norm_bound(matrix: Tensor) -> Tensor:
@@ -242,8 +266,8 @@ def _largest(squares: Tensor, tolerance: float) -> Tensor:
     return order[dropped:].sort().values
 
 
-def _definite(correlations: Correlations, players: int, side: int, scale: float) -> bool:
-    """Whether one side's correlations of all players form a positive definite matrix."""
+def _definite(correlations: Correlations, players: int, side: int, scale: Tensor) -> Tensor:
+    """In which groups one side's correlations of all players are positive definite, (groups,)."""
     blocks: list[list[Tensor | None]] = [[None] * players for _ in range(players)]
     for (n, m), pair in correlations.items():
         blocks[n][m], blocks[m][n] = pair[side] * scale, pair[side].mT * scale
@@ -253,7 +277,7 @@ def _definite(correlations: Correlations, players: int, side: int, scale: float)
         eye = torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
         own = eye.expand(like.shape[0], -1, -1)
         rows.append(torch.cat([own if block is None else block for block in row], -1))
-    return spd_factor(torch.cat(rows, -2)) is not None
+    return definite(torch.cat(rows, -2))
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factorization", "eigenbasis", "singular_bases", "spd_factor", "spd_inverse"]
+__all__ = ["Factorization", "definite", "eigenbasis", "singular_bases", "spd_factor", "spd_inverse"]
 
 #: Damping is raised tenfold at most this often before double precision is tried.
 RAISES = 6
@@ -91,11 +91,18 @@ def spd_factor(matrix: Tensor) -> Tensor | None:
         The lower factor; None unless every matrix is positive definite beyond rounding.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool(info.any()):
-        return None
+    return factor if bool(_beyond_rounding(matrix, factor, info).all()) else None
+
+
+def definite(matrix: Tensor) -> Tensor:
+    """Which blocks of (groups, n, n) are positive definite beyond rounding, (groups,)."""
+    return _beyond_rounding(matrix, *torch.linalg.cholesky_ex(matrix))
+
+
+def _beyond_rounding(matrix: Tensor, factor: Tensor, info: Tensor) -> Tensor:
     floor = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    return factor if bool((pivots > floor.unsqueeze(-1)).all()) else None
+    return (info == 0) & (pivots > floor.unsqueeze(-1)).all(-1)
 
 
 def singular_bases(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -160,7 +160,7 @@ def _alignments(settings: Settings, name: str, rows: list[Row]) -> list[str]:
         f"Group-rational DGNOpt under {name}. *Late* and *early*: a shortcut's layer, or the "
         "shorter branches, stand beside the last or the first layers that they bypass; *random*: "
         "another alignment every 100 steps; *greedy* (epsilon-greedy) and *EXP3++*: bandits, "
-        "rewarded by how much the loss fell within these steps.",
+        "rewarded by how much the loss fell within these steps. Each seed has a bandit of its own.",
         "",
         markdown_table(columns, table),
         "",
