@@ -7,7 +7,6 @@ import warnings
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ocnopt.control.batch import Batch, gather
@@ -21,7 +20,7 @@ from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
 from ocnopt.control.policy import Policies
 from ocnopt.control.record import Recorder
-from ocnopt.control.replay import as_seen, capture_setting, run_again
+from ocnopt.control.replay import capture_setting, run_again
 from ocnopt.control.sweep import Sweep
 from ocnopt.control.tape import Tape
 from ocnopt.control.terminal import TerminalCost
@@ -32,6 +31,7 @@ from ocnopt.optim.base import ModelOptimizer
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import mean_over, processes, sum_over
 from ocnopt.optim.rescaling import measure_scales
+from ocnopt.optim.second_pass import actual_decrease, nonlinear_rollout
 
 __all__ = ["FeedbackOptimizer"]
 
@@ -202,7 +202,7 @@ class FeedbackOptimizer(ModelOptimizer):
             sweep = self._sweep(turns, batches)
             sweep.backward()
             if self.rollout == "nonlinear" and not self.full:
-                self._nonlinear(sweep, passes[0])
+                nonlinear_rollout(self.model, sweep, passes[0])
             else:
                 sweep.forward()
             turns = sweep.turns
@@ -220,8 +220,8 @@ class FeedbackOptimizer(ModelOptimizer):
         if sweep is not None:
             reports = [turn.mover.report for turn in turns]
             self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
-        if measured and passes:
-            self._measure(passes)
+        if measured and passes and self._ledger is not None and self.criterion is not None:
+            self._ledger.actual = actual_decrease(self.model, self.criterion, passes)
 
     def _sweep(self, turns: list[Turn], batches: list[Batch]) -> Sweep:
         """The two passes over the turns, in coefficients or with matrices."""
@@ -401,58 +401,6 @@ class FeedbackOptimizer(ModelOptimizer):
             movers.append(ParamMover(mine, [group] * len(mine), states, rule))
         return movers
 
-    # second passes
-
-    def _nonlinear(self, sweep: Sweep, recorded: Pass) -> None:
-        """Lines 14 to 18 of Algorithm 3: a second forward pass that applies updates on its way."""
-        tape = recorded.tape
-        assert tape is not None and recorded.inputs is not None
-        assert recorded.setting is not None
-        group_of = {turn.player: g for g in sweep.groups for turn in g.turns}
-        acted: set[int] = set()
-        passed: set[Player] = set()
-        starts = {player: i for i, player in enumerate(tape.starts)}
-        backup = [(p, p.clone()) for turn in sweep.turns for p in turn.player.params]
-
-        def on_start(player: Player) -> None:
-            group = group_of.get(player)
-            if group is None:
-                return
-            if id(group) not in acted:
-                _require_stage_order(sweep, group, passed)
-                acted.add(id(group))
-                sweep.act(group, [tape.rho(starts[player], sweep.batches[0])])
-                for turn in group.turns:
-                    torch._foreach_add_(list(turn.player.params), list(turn.delta))
-                sweep.follow(group)
-            passed.add(player)
-
-        try:
-            run_again(self.model, recorded.setting, recorded.inputs, tape.second_pass(on_start))
-        finally:
-            # The updates are applied for good together with all others, once they are known to
-            # be finite.
-            for p, kept in backup:
-                p.copy_(kept)
-
-    def _measure(self, passes: list[Pass]) -> None:
-        """Run the step's batches again with the new weights."""
-        before = after = 0.0
-        assert self.criterion is not None
-        for recorded in passes:
-            if recorded.setting is None or recorded.inputs is None or recorded.forwards != 1:
-                return
-            output = run_again(self.model, recorded.setting, recorded.inputs)
-            for call in recorded.calls:
-                seen = as_seen(call.output, recorded.result, output)
-                if seen is None:
-                    return
-                value = self.criterion.forward(seen, *call.args, **call.kwargs)
-                before += float(call.loss.sum()) / len(passes)
-                after += float(value.sum()) / len(passes)
-        if self._ledger is not None:
-            self._ledger.actual = before - after
-
     # what happened
 
     @property
@@ -473,20 +421,6 @@ class FeedbackOptimizer(ModelOptimizer):
         if self._policy is None:
             raise RecordingError("policy: there is none before the first step with feedback")
         return self._policy
-
-
-def _require_stage_order(sweep: Sweep, group: Group, passed: set[Player]) -> None:
-    """Raise unless the stages before this one are over, so that their state can be seen."""
-    for before in sweep.groups:
-        if before is group:
-            return
-        for turn in before.turns:
-            if turn.player not in passed:
-                raise GraphError(
-                    f"rollout='nonlinear' follows the order of calls, but the model calls layer "
-                    f"{group.turns[0].player.name!r} before {turn.player.name!r} of an earlier "
-                    "stage; choose another alignment, or rollout='linear'"
-                )
 
 
 class _Watcher:
