@@ -80,9 +80,10 @@ def test_switching_alignments_keeps_every_layers_state():
     for key, mine in optimizer.state_dict()["state"].items():
         for name, value in mine.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[key][name])), name
-    train(model, optimizer, 1, criterion, 3)
+    train(model, optimizer, 2, criterion, 3)
     pairs = [k for s in optimizer.state.values() for k in s if k.startswith("A:")]
-    assert sorted(pairs) == ["A:skip", "A:skip"]  # one pair per alignment, both kept
+    skip = next(p.index for p in optimizer.players if p.name == "skip")
+    assert pairs == [f"A:{skip}"] * 2  # one pair per alignment, both kept
 
 
 def test_every_alignment_leaves_the_forward_pass_unchanged():
@@ -310,12 +311,12 @@ def test_stacked_networks_play_the_game_that_each_plays_alone():
 
 
 def test_a_failing_coupling_is_survived_and_counted(monkeypatch):
-    from ocnopt.control import party
+    from ocnopt.control import cooperation
 
     def broken(*_):
         raise ValueError("a correlation is not finite")
 
-    monkeypatch.setattr(party, "couple", broken)
+    monkeypatch.setattr(cooperation, "couple", broken)
     mine, criterion = net(), nn.CrossEntropyLoss()
     theirs = copy.deepcopy(mine)
     first = dgnopt(mine, criterion)

@@ -11,7 +11,7 @@ solve it to rounding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Coupling(ABC):
 
     @abstractmethod
     def gram(self, ys: list[Tensor]) -> Tensor:
-        """``y_k^T C^-1 y_l`` for players' matrices (B, r, groups, out, in): (B, r, r)."""
+        """``y_k^T C^-1 y_l`` for players' matrices (B, r, groups, out, in): (B, groups, r, r)."""
 
     def added(self, ys: list[Tensor]) -> Tensor:
         """What C adds to the players' own products, as in :meth:`gram`."""
@@ -106,22 +106,6 @@ class Pair(Coupling):
         first = products(u, self.own * u - self.cross * v)
         return first + products(v, self.own * v - self.cross * u)
 
-    def outer_gram(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
-        """What coupling adds to the Gram matrices of outer products, one location per sample.
-
-        Args:
-            left: The first player's factors in canonical coordinates: columns (B, groups, r, kb)
-                and inputs (B, groups, ka).
-            right: The second's.
-
-        Returns:
-            (B, groups, r, r).
-        """
-        (p, q), (s, t) = left, right
-        own = (p * _weights(self.own, q * q)) @ p.mT + (s * _weights(self.own, t * t)) @ s.mT
-        beside = (p * _weights(self.cross, q * t)) @ s.mT
-        return own - beside - beside.mT
-
 
 class Many(Coupling):
     """Any number of players, by conjugate gradients.
@@ -172,10 +156,11 @@ class Many(Coupling):
         return conjugate_gradients(self.times, ys, torch.finfo(ys[0].dtype).eps ** 0.7)
 
     def gram(self, ys: list[Tensor]) -> Tensor:
-        """At rank one half the digits do: a quadratic form's error is the solution's squared."""
-        eps = torch.finfo(ys[0].dtype).eps
-        one = ys[0].shape[1] == 1
-        goal = max(self.tolerance, eps) ** 0.5 if one else max(self.tolerance, eps**0.7)
+        """At rank one the quadratic form itself tells when it is known."""
+        if ys[0].shape[1] == 1:
+            goal = max(self.tolerance / 5, 4 * torch.finfo(ys[0].dtype).eps)
+            return quadratic_form(self.times, ys, goal)[:, 0, :, None, None]
+        goal = max(self.tolerance, torch.finfo(ys[0].dtype).eps ** 0.7)
         solved = conjugate_gradients(self.times, ys, goal)
         total = products(ys[0], solved[0])
         for y, x in zip(ys[1:], solved[1:], strict=True):
@@ -281,13 +266,9 @@ def _definite(correlations: Correlations, players: int, side: int, scale: Tensor
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of matrices (B, r, groups, out, in): (B, r, r)."""
-    return left.flatten(2) @ right.flatten(2).mT
-
-
-def _weights(matrix: Tensor, inputs: Tensor) -> Tensor:
-    """``sum_j w_ij x_j``: (groups, kb, ka) and (B, groups, ka) to (B, groups, 1, kb)."""
-    return torch.einsum("gij,bgj->bgi", matrix, inputs).unsqueeze(2)
+    """Inner products of matrices (B, r, groups, out, in): (B, groups, r, r)."""
+    one, other = (x.flatten(-2).transpose(1, 2) for x in (left, right))
+    return one @ other.mT
 
 
 def conjugate_gradients(
@@ -304,24 +285,56 @@ def conjugate_gradients(
     Returns:
         The solutions.
     """
-    xs = [y.clone() for y in ys]  # C is close to the identity
-    rs = [y - c for y, c in zip(ys, times(xs), strict=True)]
-    ps = list(rs)
+    xs = [torch.zeros_like(y) for y in ys]
     goal = _dot(ys, ys) * tolerance**2
+    for step, ps, size in _descents(times, ys):
+        xs = [x + step * p for x, p in zip(xs, ps, strict=True)]
+        if not bool((size > goal).any()):
+            break
+    return xs
+
+
+def quadratic_form(
+    times: Callable[[list[Tensor]], list[Tensor]], ys: list[Tensor], tolerance: float
+) -> Tensor:
+    """``y^T C^-1 y``, which conjugate gradients approach from below, for many y at once.
+
+    Args:
+        times: As in :func:`conjugate_gradients`.
+        ys: The vectors.
+        tolerance: The last contribution that counts, relative to the sum.
+
+    Returns:
+        (..., groups).
+    """
+    total = torch.zeros_like(_dot(ys, ys))
+    before = _dot(ys, ys)
+    for step, _, size in _descents(times, ys):
+        more = step[..., 0, 0] * before
+        total, before = total + more, size
+        if not bool((more > tolerance * total).any()):
+            break
+    return total
+
+
+def _descents(
+    times: Callable[[list[Tensor]], list[Tensor]], ys: list[Tensor]
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+    """Steps of conjugate gradients from zero: length, direction, the residual's square after it."""
+    rs = ps = ys
     size = _dot(rs, rs)
     for _ in range(STEPS):
-        if bool((size <= goal).all()):
-            break
         cs = times(ps)
         along = _dot(ps, cs)
-        step = torch.where(size > goal, size / along, 0)[..., None, None]
-        xs = [x + step * p for x, p in zip(xs, ps, strict=True)]
+        # A system that is solved, or so small that its squares vanish, stays as it is.
+        going = ~(along <= 0)  # what is not finite goes on, to be seen
+        step = torch.where(going, size / along, 0)[..., None, None]
         rs = [r - step * c for r, c in zip(rs, cs, strict=True)]
         new = _dot(rs, rs)
-        turn = torch.where(size > goal, new / size, 0)[..., None, None]
+        yield step, ps, new
+        turn = torch.where(going, new / size, 0)[..., None, None]
         ps = [r + turn * p for r, p in zip(rs, ps, strict=True)]
-        size = torch.where(size > goal, new, size)
-    return xs
+        size = new
 
 
 def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:

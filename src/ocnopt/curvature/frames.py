@@ -43,6 +43,15 @@ class Frame(ABC):
         """``W^-T d``, of all coordinates of the inputs or of some."""
 
     @abstractmethod
+    def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """What :meth:`enter` does to an outer product ``g a^T``, for some of the inputs.
+
+        Returns:
+            Matrices that turn ``a``, (groups, in, kept), and ``g``, (groups, out, out), and what
+            their product is divided by: (groups, out, kept) or a number.
+        """
+
+    @abstractmethod
     def leave(self, matrix: Tensor) -> Tensor:
         """``W^-1 y``."""
 
@@ -97,6 +106,10 @@ class KroneckerFrame(Frame):
         a_root = self.a_root if inputs is None else self.a_root[:, :, inputs]
         return self.b_root.mT @ (matrix @ a_root)
 
+    def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The roots, and one."""
+        return self.a_root[:, :, inputs], self.b_root, 1.0
+
     def leave(self, matrix: Tensor) -> Tensor:
         """``C_B Y C_A^T``."""
         return self.b_root @ matrix @ self.a_root.mT
@@ -150,6 +163,11 @@ class EigenFrame(Frame):
         if inputs is not None:
             basis, scales = basis[:, :, inputs], scales[:, :, inputs]
         return (self.metric.basis_b.mT @ (matrix @ basis)) / scales
+
+    def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The bases, and the root of the scales."""
+        basis_a, basis_b = self.metric.basis_a, self.metric.basis_b
+        return basis_a[:, :, inputs], basis_b, self.scales[:, :, inputs]
 
     def leave(self, matrix: Tensor) -> Tensor:
         """``U_B (Y / sqrt(scales)) U_A^T``."""

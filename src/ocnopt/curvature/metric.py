@@ -205,13 +205,10 @@ class Eigen(Metric):
         """Per-sample gradients are rotated once; in the eigenbasis M is diagonal."""
         matrix = self.layer.to_matrix(gradients).to(self.basis_b.dtype)
         basis_a, basis_b, scales, floor = self._salient
-        turned = basis_b.mT @ (matrix @ basis_a)
-        product = turned.flatten(2) @ (turned / scales).flatten(2).mT
+        kept = (basis_b.mT @ (matrix @ basis_a)).flatten(2)
+        product = kept @ (kept / scales.flatten()).mT
         if floor is not None:
-            rest = (
-                matrix.flatten(2) @ matrix.flatten(2).mT - turned.flatten(2) @ turned.flatten(2).mT
-            )
-            product += rest / floor
+            product += _rest(_squares(matrix.flatten(2)), _squares(kept)) / floor
         return product.to(gradients[0].dtype) * self.rates[0]
 
     @cached_property
@@ -226,9 +223,9 @@ class Eigen(Metric):
             return everything
         floor, most = self.scales.aminmax()
         # The rest is a difference of squares, whose rounding the floor magnifies.
-        if float(most / floor) * torch.finfo(self.scales.dtype).eps > 0.1 * self.tolerance:
+        if float(most / floor) * _rounding(self.scales) > 0.1 * self.tolerance:
             return everything
-        above = self.scales > floor / (1 - self.tolerance)
+        above = self.scales > floor * (1 + self.tolerance)
         inputs = above.any(0).any(0).nonzero()[:, 0]
         outputs = above.any(0).any(1).nonzero()[:, 0]
         if len(inputs) * len(outputs) > above.shape[1] * above.shape[2] / 2:
@@ -256,8 +253,30 @@ class Eigen(Metric):
         if floor is not None:
             whole = torch.linalg.vecdot(inputs, inputs)[:, None, None] * gram_of(signals, signals)
             kept = squares.sum(-1)[:, None, None] * gram_of(turned, turned)
-            product = product + (whole - kept) / floor
+            product = product + _rest(whole, kept) / floor
         return product.to(columns.dtype) * self.rates[0]
+
+
+def _squares(vectors: Tensor) -> Tensor:
+    """Inner products of vectors (B, r, n) with each other, (B, r, r)."""
+    if vectors.shape[1] == 1:  # summed in pairs, where a product of matrices adds one by one
+        return vectors.square().sum(-1, keepdim=True)
+    return vectors @ vectors.mT
+
+
+def _rest(whole: Tensor, kept: Tensor) -> Tensor:
+    """What is left of inner products; of one vector with itself it is not below zero."""
+    left = whole - kept
+    return left.clamp_min(0) if left.shape[-1] == 1 else left
+
+
+def _rounding(scales: Tensor) -> float:
+    """Relative rounding of a sum of squares over a matrix of this size."""
+    eps = torch.finfo(scales.dtype).eps
+    reduced = torch.get_float32_matmul_precision() != "highest"
+    if scales.device.type == "cuda" and scales.dtype == torch.float32 and reduced:
+        eps = 2.0**-11
+    return float(eps * max(1.0, scales[0].numel() ** 0.5 / 10))
 
 
 def _each_column(layer: LinearLayer, columns: Tensor, matrices: Tensor) -> Tensor:

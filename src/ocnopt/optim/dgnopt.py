@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ocnopt.control.alignment import Alignment
 from ocnopt.control.batch import Batch
+from ocnopt.control.cooperation import Known
 from ocnopt.control.diagnostics import Diagnostics
 from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.game import Game, find_game
-from ocnopt.control.party import Known, parties
+from ocnopt.control.party import parties
 from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
 from ocnopt.control.turns import Group, Turn

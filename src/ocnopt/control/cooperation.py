@@ -1,0 +1,250 @@
+"""Players of one stage who solve jointly: the cooperative, group-rational policy.
+
+The joint ``P = E[P_theta P_theta^T]`` of players n, m at one stage is taken block by block as
+``A_nm (x) B_nm`` with ``A_nm = E[a_n a_m^T]`` and ``B_nm = locations * E[V_h,n V_h,m^T]``: the
+factors that each player's M is built from, and the same means across players. Damping is on the
+diagonal blocks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocnopt.control.batch import Batch
+from ocnopt.control.cross import cross_factors, update_cross_factors
+from ocnopt.control.trace import ALL, Trace
+from ocnopt.control.turns import Moments, Turn
+from ocnopt.curvature.coupling import Coarse, Coupling, couple
+from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame
+from ocnopt.curvature.kronecker import Factored
+from ocnopt.curvature.metric import Eigen, Kronecker
+from ocnopt.layers.base import CHUNK, Params
+
+__all__ = ["Cooperation", "Joined", "Known"]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What members have in common, until one of their factors changes.
+
+    Attributes:
+        made_of: The factors.
+        frames: The members' coordinates.
+        coupling: Between them.
+        coarse: The same for Gram numbers.
+    """
+
+    made_of: tuple[Tensor, ...]
+    frames: list[Frame]
+    coupling: Coupling
+    coarse: Coarse
+
+
+#: By the members' names.
+Known = dict[tuple[str, ...], Joined]
+
+
+class Cooperation:
+    """A party whose members' M is a Kronecker product.
+
+    Args:
+        turns: The members, at least two.
+        known: Where couplings are kept between steps.
+    """
+
+    def __init__(self, turns: list[Turn], known: Known) -> None:
+        self.turns = turns
+        self.known = known
+        self.frames: list[Frame] = []
+        self.coupling: Coupling | None = None
+        self.coarse: Coarse
+        self.tolerance = 0.0
+
+    def observe(self, moments: Moments) -> None:
+        """Update the cross factors where the members' own were, and the coupling with them."""
+        rule = self.turns[0].mover.preconditioner
+        assert isinstance(rule, Factored)
+        self.tolerance = rule.gram_tolerance
+        update_cross_factors(self.turns, rule, moments)
+        try:
+            self._join(rule)
+        except ValueError:
+            self._count(1)
+            self.coupling = None  # every member by itself
+
+    def _join(self, rule: Factored) -> None:
+        """Take what is known, unless a factor has changed since."""
+        names = tuple(turn.player.name for turn in self.turns)
+        crosses = {
+            (n, m): found
+            for n, m in combinations(range(len(self.turns)), 2)
+            if (found := cross_factors(self.turns[n], self.turns[m])) is not None
+        }
+        self.coupling = None
+        if not crosses:
+            return  # no two have met yet
+        own = [turn.mover.states[0][factor] for turn in self.turns for factor in "AB"]
+        made_of = (*own, *(tensor for pair in crosses.values() for tensor in pair))
+        known = self.known.get(names)
+        if known is not None and _same(known.made_of, made_of):
+            # An eigenbasis stays, but its eigenvalues are corrected at every step.
+            frames = known.frames
+            self.frames = frames if _separable(frames) else [_frame(t, rule) for t in self.turns]
+            self.coupling, self.coarse = known.coupling, known.coarse
+            return
+        self.frames = [_frame(turn, rule) for turn in self.turns]
+        correlations = {
+            (n, m): self._correlation(n, m, crosses.get((n, m)))
+            for n, m in combinations(range(len(self.turns)), 2)
+        }
+        self.coupling = couple(correlations, len(self.turns))
+        self.coarse = Coarse(correlations, len(self.turns), rule.gram_tolerance)
+        self._count(self.coupling.failures)
+        self.known[names] = Joined(made_of, self.frames, self.coupling, self.coarse)
+
+    def _correlation(
+        self, n: int, m: int, cross: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Zero where the two have not met."""
+        one, other = self.frames[n], self.frames[m]
+        if cross is not None:
+            return one.correlate(*cross, other)
+        return (
+            one.a_root.new_zeros(*one.a_root.shape[:-1], other.a_root.shape[-1]),
+            one.b_root.new_zeros(*one.b_root.shape[:-1], other.b_root.shape[-1]),
+        )
+
+    def _count(self, failures: int) -> None:
+        if not failures:
+            return
+        turn = self.turns[0]
+        state = turn.mover.states[0]
+        state["failures"] = state.get("failures", 0) + failures
+        turn.mover.report["failures"] = state["failures"]
+
+    def solve(self, directions: list[Params]) -> list[Params]:
+        """The joint ``M^-1`` applied to the members' directions."""
+        if self.coupling is None:
+            return [turn.mover.solve(d) for turn, d in zip(self.turns, directions, strict=True)]
+        layers: list[Any] = [turn.player.layer for turn in self.turns]
+        ys = [
+            frame.enter(layer.to_matrix(d).to(frame.dtype))
+            for frame, layer, d in zip(self.frames, layers, directions, strict=True)
+        ]
+        solved = self.coupling.solve(ys)
+        return [
+            layer.from_matrix(frame.leave(x).to(d[0].dtype))
+            for frame, layer, x, d in zip(self.frames, layers, solved, directions, strict=True)
+        ]
+
+    def gram(self, batch: Batch) -> Tensor | None:
+        """``P_u^T Q_uu^-1 P_u`` of the members together, of the columns as recorded.
+
+        Returns:
+            (B,) at rank one, else (B, r, r); None where a member took no part in the batch, or
+            the coupling is too weak to be seen at the tolerance.
+        """
+        traces = [batch.traces.get(turn.player) for turn in self.turns]
+        members = [trace for trace in traces if trace is not None]
+        if self.coupling is None or len(members) < len(traces):
+            return None
+        if self.coupling.strength < self.tolerance or self.coarse.coupling is None:
+            return None
+        if all(trace.single for trace in members):
+            out = self._outer_gram(members)
+        else:
+            out = self._sample_gram(batch, members)
+        out = out.to(members[0].dtype)
+        return out[:, 0, 0] if members[0].rank == 1 else out
+
+    def _outer_gram(self, traces: Sequence[Trace]) -> Tensor:
+        """One location per sample: gradients are outer products of what is turned once."""
+        coupling = self.coarse.coupling
+        assert coupling is not None
+        networks = traces[0].layer.networks
+        sides, total = [], None
+        for turn, trace, frame, inputs in zip(
+            self.turns, traces, self.frames, self.coarse.inputs, strict=True
+        ):
+            layer: Any = trace.layer
+            assert turn.metric is not None
+            own = layer.gram(trace.features[0], trace.columns[0], turn.metric)
+            total = own if total is None else total + own
+            rows = layer.homogeneous(trace.features[0]).to(frame.dtype)
+            columns = trace.columns[0].to(frame.dtype)
+            a_basis, b_basis, scales = frame.sides(inputs)
+            p = torch.stack([layer.times(column, b_basis) for column in columns], 1)
+            q = layer.times(rows, a_basis)
+            sides.append((_by_network(p, networks), _by_network(q, networks), scales))
+        assert total is not None
+        size = sum(p[0].numel() * q.shape[-1] for p, q, _ in sides)
+        step = max(1, CHUNK // size)
+        parts = []
+        for start in range(0, len(sides[0][0]), step):
+            part = slice(start, start + step)
+            ys = [
+                (p[part].unsqueeze(-1) * q[part].unsqueeze(2).unsqueeze(2)).movedim(1, 2) / scales
+                for p, q, scales in sides
+            ]
+            parts.append(coupling.added(ys))
+        added = torch.cat(parts).movedim(0, 1).reshape(total.shape)
+        out: Tensor = total + added.to(total.dtype) * self._rate
+        return out
+
+    def _sample_gram(self, batch: Batch, traces: Sequence[Trace]) -> Tensor:
+        """From the members' per-sample gradients, as many at once as there is room for."""
+        coarse = self.coarse
+        assert coarse.coupling is not None
+        size = sum(trace.layer.numel * trace.rank for trace in traces)
+        step = max(1, CHUNK // size)
+        parts = []
+        for start in range(0, batch.samples, step):
+            part = ALL if step >= batch.samples else slice(start, start + step)
+            ys, own = [], []
+            for turn, trace, frame, inputs in zip(
+                self.turns, traces, self.frames, coarse.inputs, strict=True
+            ):
+                layer: Any = trace.layer
+                gradients = trace.sample_columns(part)
+                assert turn.metric is not None
+                own.append(turn.metric.sample_gram(gradients))
+                matrix = layer.to_matrix(gradients)
+                ys.append(frame.enter(matrix.to(frame.dtype), inputs))
+            total = torch.stack(own).sum(0)
+            parts.append(total + coarse.coupling.added(ys).sum(1) * self._rate)
+        return torch.cat(parts)
+
+    @property
+    def _rate(self) -> float:
+        metric = self.turns[0].metric
+        assert metric is not None
+        return metric.rates[0]
+
+
+def _frame(turn: Turn, rule: Factored) -> Frame:
+    metric, state = turn.metric, turn.mover.states[0]
+    if isinstance(metric, Eigen):
+        return EigenFrame(metric, state["A"], state["B"], rule.damping)
+    assert isinstance(metric, Kronecker)
+    return KroneckerFrame(metric)
+
+
+def _separable(frames: Sequence[Frame]) -> bool:
+    return all(isinstance(frame, KroneckerFrame) for frame in frames)
+
+
+def _by_network(values: Tensor, networks: int) -> Tensor:
+    """Samples (S * b, ...), one network's after another's, as (b, S, ...)."""
+    own: Tensor = values.unflatten(0, (networks, -1))
+    return own.movedim(0, 1)
+
+
+def _same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    """Whether the tensors are the very same."""
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
