@@ -324,7 +324,9 @@ def test_loading_replaces_what_was(make):
     [
         (lambda: EpsilonGreedy(1.5), r"epsilon=1.5 must be a probability in \[0, 1\], such as 0.1"),
         (lambda: EpsilonGreedy(math.nan), "epsilon"),
-        (lambda: EpsilonGreedy(every=0), "every=0 must be a whole number of at least 1, or None"),
+        (lambda: EpsilonGreedy(every=1), "every=1 must be a whole number of at least 2, or None"),
+        (lambda: Exp3PlusPlus(every=1), "every=1 must be a whole number of at least 2, or None"),
+        (lambda: RandomAlignment(every=0), "every=0 must be a whole number of at least 1, or None"),
         (lambda: EpsilonGreedy(every=2.5), "every=2.5"),
         (lambda: EpsilonGreedy(seed=-1), "seed=-1 must be a whole number of at least 0"),
         (lambda: Exp3PlusPlus(0.0), "alpha=0.0 must be above 0, such as 3"),

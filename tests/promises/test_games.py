@@ -1,6 +1,7 @@
 """What users of DGNOpt are promised: alignments, bandits, parties that part, plain messages."""
 
 import copy
+import gc
 
 import games
 import pytest
@@ -134,6 +135,29 @@ def test_a_bandit_finds_the_alignment_that_is_rewarded():
         ({"fictitious": "adversarial", "penalty": 0.0}, "penalty=0.0"),
         ({"fictitious": "adversarial", "terminal": "gauss-newton"}, "rank one"),
         ({"fictitious": "cooperative", "information": "open-loop"}, "open-loop"),
+        ({"alignment": {"skip": 1}}, r"cannot be a dict \(mappings"),
+        ({"alignment": [0, 1]}, "cannot be a list; choose one of auto, early"),
+        ({"alignment": 1.0}, "cannot be a float; choose one of auto, early"),
+        ({"alignment": True}, "cannot be a bool"),
+        ({"alignment": EpsilonGreedy}, "cannot be a ABCMeta"),
+        ({"game": [["stem"], ["head"]]}, "game: expected a Game, got list"),
+        ({"penalty": -1.0}, "penalty=-1.0, but it must be positive and finite"),
+        ({"penalty": float("nan")}, "penalty=nan"),
+        ({"penalty": float("inf"), "information": "open-loop"}, "penalty=inf"),
+        ({"penalty": "1"}, "penalty='1'"),
+        ({"bellman": "off", "rollout": "off"}, "use information='open-loop'"),
+        (
+            {"bellman": "off", "rollout": "off", "information": "feedback"},
+            "information='feedback' with bellman='off' and rollout='off' leaves nothing",
+        ),
+        (
+            {"information": "open-loop", "keep_grad": False},
+            "keep_grad=False, but with information='open-loop'",
+        ),
+        (
+            {"information": "open-loop", "keep_policy": True},
+            "keep_policy=True, but with information='open-loop' there is no policy",
+        ),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
@@ -349,3 +373,282 @@ def test_a_layer_that_joins_later_is_a_player_too():
     train(model, optimizer, 2, criterion, 2)
     assert optimizer.diagnostics.players["two"].predicted_decrease > 0
     assert {row.module: row.treatment for row in optimizer.coverage()}["two"] == "player"
+
+
+# The adversary.
+
+
+def test_an_adversary_doubles_a_sample_at_most_over_all_stages(monkeypatch):
+    from ocnopt.control.sweep import Sweep
+
+    torch.manual_seed(0)
+    layers = [part for _ in range(11) for part in (nn.Linear(4, 4), nn.Tanh())]
+    chain = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    found, criterion = [], nn.CrossEntropyLoss()
+    plain = Sweep.forward
+
+    def watched(self):
+        found.append([turn.values[0][0] for turn in self.turns])
+        plain(self)
+
+    monkeypatch.setattr(Sweep, "forward", watched)
+    for options in ({}, {"fictitious": "adversarial", "penalty": 1e-6}):
+        model = copy.deepcopy(chain)
+        train(model, dgnopt(model, criterion, lr=1e-6, rollout="off", **options), 1, criterion)
+    without, ratios = found[0], [v / own for v, own in zip(found[1], found[0], strict=True)]
+    assert len(without) == 12
+    assert all(float(ratio.max()) <= 2 + 1e-9 for ratio in ratios)
+    torch.testing.assert_close(ratios[-1], torch.full_like(ratios[-1], 2.0))
+    assert float(ratios[0].min()) > 1.9  # so slow that what is doubled stays so
+
+
+# Autocast.
+
+
+class Encoder(nn.Module):
+    """Its game takes a batch to be found; under autocast its encoder sees bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(2, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = self.embed(x.reshape(-1, 2, 2))
+        return self.head(self.encoder(z).mean(1))
+
+
+OPTIMIZERS = {
+    "KFAC": lambda m, c: ocnopt.KFAC(m, c, lr=0.05),
+    "EKFAC": lambda m, c: ocnopt.EKFAC(m, c, lr=0.05),
+    "DGNOpt-kfac": lambda m, c: dgnopt(m, c, alignment="early"),
+    "DGNOpt-ekfac": lambda m, c: dgnopt(m, c, preconditioner=rule("ekfac")),
+    "nonlinear": lambda m, c: dgnopt(m, c, rollout="nonlinear", measure_every=1),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_inside_autocast_is_the_one_outside(kind):
+    inside, criterion = net(dtype=torch.float32), nn.CrossEntropyLoss()
+    outside = copy.deepcopy(inside)
+    steppers = [OPTIMIZERS[kind](model, criterion) for model in (inside, outside)]
+    for i in range(3):
+        x, y = batch(i, torch.float32)
+        for model, optimizer in zip((inside, outside), steppers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                criterion(model(x), y).backward()
+                if model is inside:
+                    optimizer.step()
+                    assert torch.is_autocast_enabled("cpu")
+                    assert model(x).dtype == torch.bfloat16
+            if model is outside:
+                optimizer.step()
+    assert_weights_equal(inside, outside)
+    assert_state_equal(steppers[0].state_dict(), steppers[1].state_dict())
+    for state in steppers[0].state.values():
+        tensors = [v for v in state.values() if isinstance(v, torch.Tensor)]
+        assert all(v.dtype == torch.float32 for v in tensors if v.is_floating_point())
+
+
+def test_after_a_step_inside_autocast_the_model_runs_with_its_new_weights():
+    model, criterion = net(dtype=torch.float32), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion)
+    x, y = batch(0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        criterion(model(x), y).backward()
+        optimizer.step()
+        within = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(within, model(x))
+
+
+def test_the_nonlinear_rollout_solves_in_full_precision(monkeypatch):
+    """Its moves are made in the middle of a forward pass that is under autocast again."""
+    from ocnopt.control.sweep import Sweep
+
+    plain, seen = Sweep.act, []
+
+    def watched(self, group, rho):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        plain(self, group, rho)
+
+    monkeypatch.setattr(Sweep, "act", watched)
+    model, criterion = net(dtype=torch.float32), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion, rollout="nonlinear")
+    x, y = batch(0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        criterion(model(x), y).backward()
+    optimizer.step()
+    assert seen == [False] * 6
+
+
+def test_a_game_that_is_found_late_is_found_under_the_passs_autocast(recwarn):
+    torch.manual_seed(0)
+    model, criterion = Encoder(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion)
+    assert optimizer.game is None
+    x, y = batch(0, torch.bfloat16)
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(model(x), y)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.game is not None
+    assert not [w for w in recwarn if "game could not be found" in str(w.message)]
+
+
+# Bandits and their rounds.
+
+
+@pytest.mark.parametrize("alignment", ["epsilon-greedy", "exp3++", EpsilonGreedy(every=2)])
+def test_a_bandit_that_learns_from_losses_asks_for_the_criterion(alignment):
+    with pytest.raises(ocnopt.OptionError, match="give the criterion, or every=None"):
+        dgnopt(net(), None, alignment=alignment)
+    dgnopt(net(), None, alignment=alignment, information="open-loop")  # nothing to choose
+
+
+def test_without_a_criterion_rounds_end_by_count_or_by_the_user():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, None, alignment=RandomAlignment(every=1))
+    train(model, optimizer, 20, criterion)
+    rounds = optimizer.diagnostics.rounds
+    assert len(rounds) == 20
+    assert {done.arm for done in rounds} == {0, 1}
+
+    optimizer = dgnopt(model, None, alignment=Exp3PlusPlus())
+    train(model, optimizer, 2, criterion)
+    optimizer.reward(0.7)
+    assert [done.reward for done in optimizer.diagnostics.rounds] == [0.7]
+
+
+def test_an_alignment_is_of_one_optimizer_at_a_time():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    bandit = EpsilonGreedy()
+    first = dgnopt(model, criterion, alignment=bandit)
+    train(model, first, 1, criterion)
+    first.reward(0.5)
+    with pytest.raises(ocnopt.OptionError, match="is played by another optimizer"):
+        dgnopt(net(), criterion, alignment=bandit)
+    dgnopt(net(), criterion, alignment=copy.deepcopy(bandit))
+    del first
+    gc.collect()
+    second = dgnopt(net(), criterion, alignment=bandit)
+    assert [done.reward for done in second.diagnostics.rounds] == [0.5]  # it goes on
+
+
+def test_a_state_of_another_alignment_or_network_leaves_everything_as_it_was():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion, alignment=EpsilonGreedy(every=2), momentum=0.5)
+    train(model, optimizer, 3, criterion)
+    before = saved(optimizer.state_dict())
+    fixed, exp3 = (
+        dgnopt(net(), criterion, alignment=a, lr=0.7) for a in ("late", Exp3PlusPlus(every=2))
+    )
+    for other in (fixed, exp3):
+        train(other.model, other, 2, criterion, 5)
+        with pytest.raises(ocnopt.OptionError, match="cannot be loaded into EpsilonGreedy"):
+            optimizer.load_state_dict(saved(other.state_dict()))
+    arms = saved(optimizer.state_dict())
+    arms["alignment"]["alignment"].update(arms=3, probabilities=[1 / 3] * 3, history=[])
+    arms["param_groups"][0]["lr"] = 0.7
+    with pytest.raises(ocnopt.OptionError, match="is of 3 alignments, but the network has 2"):
+        optimizer.load_state_dict(arms)
+    assert_state_equal(before, optimizer.state_dict())
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    assert optimizer.state_dict()["alignment"] == before["alignment"]
+
+
+def test_where_rounds_have_another_length_the_open_one_begins_anew():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    first = dgnopt(model, criterion, alignment=EpsilonGreedy(every=4))
+    train(model, first, 7, criterion)
+    state = saved(first.state_dict())
+    second = dgnopt(model, criterion, alignment=EpsilonGreedy(every=2))
+    second.load_state_dict(state)
+    assert second.rounds.steps == 0
+    assert second.alignment == first.alignment
+    train(model, second, 1, criterion, 7)
+    assert len(second.diagnostics.rounds) == 1
+    train(model, second, 1, criterion, 8)
+    assert len(second.diagnostics.rounds) == 2
+    again = dgnopt(model, criterion, alignment=EpsilonGreedy(every=4))
+    again.load_state_dict(state)
+    assert again.rounds.steps == 3
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", None, True, [0.5], 1j, float("nan"), torch.tensor(True), torch.rand(2)]
+)
+def test_a_reward_that_is_no_number_is_refused(value):
+    optimizer = dgnopt(net(), nn.CrossEntropyLoss(), alignment=EpsilonGreedy())
+    with pytest.raises(ocnopt.OptionError, match=r"must be a number in \[0, 1\]"):
+        optimizer.reward(value)
+    assert optimizer.diagnostics.rounds == ()
+
+
+def test_a_reward_where_there_is_no_alignment_is_refused():
+    criterion = nn.CrossEntropyLoss()
+    optimizer = dgnopt(net(), criterion, information="open-loop", alignment=EpsilonGreedy())
+    with pytest.raises(ocnopt.OptionError, match=r"no alignment to choose.*open-loop"):
+        optimizer.reward(0.5)
+
+    torch.manual_seed(0)
+    erratic = Erratic().double()
+    optimizer = dgnopt(erratic, criterion, alignment=EpsilonGreedy())
+    with pytest.raises(ocnopt.OptionError, match="take a step first"):
+        optimizer.reward(0.5)
+    with pytest.warns(UserWarning, match="game could not be found"):
+        train(erratic, optimizer, 1, criterion)
+    with pytest.raises(ocnopt.OptionError, match="no alignment to choose"):
+        optimizer.reward(0.5)
+
+
+# What is kept.
+
+
+def test_players_who_solve_jointly_have_no_policies_of_their_own():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    before = weights(model)
+    optimizer = dgnopt(model, criterion, keep_policy=True, alignment="early")
+    with pytest.raises(ocnopt.OptionError, match=r"'one' and 'skip' solve.*information='feedback'"):
+        train(model, optimizer, 1, criterion)
+    assert_weights_equal(before, model)
+    assert not optimizer.state
+
+    optimizer = dgnopt(model, criterion, keep_policy=True, information="feedback")
+    train(model, optimizer, 1, criterion)
+    assert "skip" in optimizer.policy
+
+
+def test_on_a_chain_policies_are_kept_whatever_the_information():
+    torch.manual_seed(0)
+    mine, criterion = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), None
+    theirs, criterion = copy.deepcopy(mine), nn.CrossEntropyLoss()
+    first = dgnopt(mine, criterion, keep_policy=True)
+    second = ocnopt.DDPNOpt(
+        theirs, criterion, lr=0.05, preconditioner=rule("kfac"), keep_policy=True
+    )
+    train(mine, first, 2, criterion)
+    train(theirs, second, 2, criterion)
+    for name in ("0", "2"):
+        torch.testing.assert_close(first.policy[name].k, second.policy[name].k)
+        one, other = (o.policy[name].K.materialize() for o in (first, second))
+        torch.testing.assert_close(one, other)
+
+
+def test_couplings_are_kept_of_the_players_in_play_alone():
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion, alignment=RandomAlignment(every=None))
+    seen = set()
+    for i in range(20):
+        train(model, optimizer, 1, criterion, i)
+        assert len(optimizer._known) <= 1
+        seen.update(optimizer._known)
+        optimizer.reward(0.5)
+    assert {frozenset(names) for names in seen} == {
+        frozenset({"one", "skip"}),
+        frozenset({"two", "skip"}),
+    }

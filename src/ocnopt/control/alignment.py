@@ -55,11 +55,16 @@ class Alignment(ABC):
     All it knows is its history, so that its state is plain values; round t's draw depends on the
     seed and t alone, so that a run that is taken up chooses as if it had not been interrupted.
 
+    One optimizer at a time plays it. Once that is gone another one may, and goes on with the
+    history; for a fresh start build a new object.
+
     Args:
-        every: Steps of a round; None: it ends when ``optimizer.reward(value)`` is called.
+        every: Steps of a round; None: it ends when ``optimizer.reward(value)`` is called. At least
+            2 where rewards count: the second half of a round is held against the first.
         seed: Seed of all draws.
 
     Attributes:
+        learns: Whether rewards make a difference to what is chosen.
         every: As given.
         history: The rounds that have ended, first to last.
 
@@ -67,9 +72,13 @@ class Alignment(ABC):
         OptionError: An option that is out of range.
     """
 
+    learns = True
+
     def __init__(self, every: int | None = None, seed: int = 0) -> None:
         if every is not None:
-            _require_whole("every", every, 1, ", or None to end rounds by optimizer.reward(value)")
+            least = 2 if self.learns else 1
+            more = ", or None to end rounds by optimizer.reward(value)"
+            _require_whole("every", every, least, more)
         _require_whole("seed", seed, 0)
         self.every = every
         self.history: list[Round] = []
@@ -209,6 +218,8 @@ class Fixed(Alignment):
         OptionError: It is no whole number.
     """
 
+    learns = False
+
     def __init__(self, index: int) -> None:
         super().__init__()
         if not isinstance(index, int) or isinstance(index, bool):
@@ -243,6 +254,8 @@ class RandomAlignment(Alignment):
     Raises:
         OptionError: An option that is out of range.
     """
+
+    learns = False
 
     def __init__(self, *, every: int | None = 100, seed: int = 0) -> None:
         super().__init__(every, seed)

@@ -12,12 +12,13 @@ from ocnopt.control.batch import Batch
 from ocnopt.control.turns import Group
 from ocnopt.errors import OptionError
 
-__all__ = ["Fictitious"]
+__all__ = ["Fictitious", "require_penalty"]
 
 KINDS = ("cooperative", "adversarial")
 
-#: An adversary may weigh a sample at most this much more. The saddle point it plays for exists
-#: while ``K |P_h|^2 < penalty``; on the way there its weight grows without bound.
+#: An adversary may weigh a sample at most this much more, over all stages together. The saddle
+#: point it plays for exists while ``K |P_h|^2 < penalty``; on the way there its weight grows
+#: without bound.
 LIMIT = 2.0
 
 
@@ -27,9 +28,10 @@ class Fictitious:
 
     It pays ``penalty |v|^2 / 2`` and is eliminated before the stage's own players decide. With a
     value function of rank one that multiplies v and K of the sample by ``1 / (1 + z)`` where the
-    player cooperates and by ``1 / (1 - z)``, at most :data:`LIMIT`, where it opposes, with
-    ``z = K |P_h|^2 / penalty`` and ``P_h`` the gradients at all of the stage's pre-activations. A
-    large penalty leaves the step as it is. Source: derived for this package from the H-infinity
+    player cooperates and by ``1 / (1 - z)`` where it opposes, with ``z = K |P_h|^2 / penalty`` and
+    ``P_h`` the gradients at all of the stage's pre-activations. An opponent's factors, from the
+    last stage back, come to at most :data:`LIMIT` as a product. A large penalty leaves the step as
+    it is. Source: derived for this package from the H-infinity
     game, after the suggestion of robust control in the DGNOpt paper.
 
     Args:
@@ -46,10 +48,11 @@ class Fictitious:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise OptionError(f"fictitious={self.kind!r} is not known; choose one of {KINDS}")
-        if not (isinstance(self.penalty, (int, float)) and 0 < self.penalty < math.inf):
-            raise OptionError(f"penalty={self.penalty!r}, but it must be positive and finite")
+        require_penalty(self.penalty)
 
-    def eliminate(self, batch: Batch, group: Group, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def eliminate(
+        self, batch: Batch, group: Group, v: Tensor, k: Tensor, grown: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The value at a stage's output once the fictitious player has chosen.
 
         Args:
@@ -57,9 +60,10 @@ class Fictitious:
             group: The stage.
             v: (B,).
             k: (B,).
+            grown: The product of the factors at the later stages, (B,).
 
         Returns:
-            The pair (v, K), same shapes.
+            v, K and that product with this stage's factor, same shapes.
         """
         z = torch.zeros_like(v)
         for turn in group.turns:
@@ -67,5 +71,19 @@ class Fictitious:
             if trace is not None:
                 z = z + trace.signal_squares()
         z = k * z * batch.lift * batch.lift / self.penalty
-        rest = 1 + z if self.kind == "cooperative" else (1 - z).clamp_min(1 / LIMIT)
-        return v / rest, k / rest
+        rest = 1 + z if self.kind == "cooperative" else torch.maximum(1 - z, grown / LIMIT)
+        return v / rest, k / rest, grown / rest
+
+
+def require_penalty(penalty: float) -> None:
+    """Raise unless it is a price.
+
+    Args:
+        penalty: The option.
+
+    Raises:
+        OptionError: It is not positive and finite.
+    """
+    number = isinstance(penalty, (int, float)) and not isinstance(penalty, bool)
+    if not (number and 0 < penalty < math.inf):
+        raise OptionError(f"penalty={penalty!r}, but it must be positive and finite")

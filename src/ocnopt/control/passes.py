@@ -15,7 +15,7 @@ from ocnopt.errors import RecordingError
 from ocnopt.layers.base import Params, add_all
 
 if TYPE_CHECKING:
-    from ocnopt.control.replay import Setting
+    from ocnopt.control.replay import Casts, Setting
     from ocnopt.control.tape import Tape
 
 __all__ = ["Arrivals", "HasColumns", "Pass", "TerminalCall", "Use", "count_samples"]
@@ -178,6 +178,8 @@ class Pass:
         self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.result: Tensor | None = None
         self.setting: Setting | None = None
+        #: Autocast as the model's forward began.
+        self.autocast: Casts = ()
         self.tape: Tape | None = None
         self.forwards = 0
         #: Samples that columns were made for.

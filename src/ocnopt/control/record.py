@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from ocnopt.control.hooks import Anchored, GradHook, ModuleHook, Receiver
 from ocnopt.control.passes import Pass, TerminalCall, Use, count_samples
 from ocnopt.control.players import Player
+from ocnopt.control.replay import autocast_now
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.errors import RecordingError
 
@@ -112,6 +113,7 @@ class Recorder:
             current = self._open()
         current.forwards += 1
         current.inputs = (args, kwargs)
+        current.autocast = autocast_now()
         if self.on_forward is not None:
             self.on_forward(current)
 

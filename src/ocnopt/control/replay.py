@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Setting", "as_seen", "capture_setting", "run_again"]
+__all__ = [
+    "Casts",
+    "Setting",
+    "as_seen",
+    "autocast_as",
+    "autocast_now",
+    "capture_setting",
+    "run_again",
+    "without_autocast",
+]
+
+#: Autocast by kind of device: whether it is on, and its dtype.
+Casts = tuple[tuple[str, bool, torch.dtype], ...]
 
 
 @dataclass
@@ -18,7 +31,7 @@ class Setting:
 
     cpu_random: Tensor
     device_random: list[tuple[torch.device, Tensor]]
-    autocast: list[tuple[str, bool, torch.dtype]]
+    autocast: Casts
 
 
 def run_again(
@@ -66,12 +79,49 @@ def as_seen(seen: Tensor, result: Tensor | None, again: Any) -> Tensor | None:
 def capture_setting(model: nn.Module) -> Setting:
     """Random state and autocast as they are now."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    kinds = {"cpu", *(d.type for d in devices)}
     return Setting(
         torch.get_rng_state(),
         [(d, torch.cuda.get_rng_state(d)) for d in devices],
-        [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds],
+        autocast_now(),
     )
+
+
+def autocast_now() -> Casts:
+    """Autocast as it is now."""
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    )
+
+
+@contextmanager
+def autocast_as(casts: Casts) -> Iterator[None]:
+    """Autocast as it was.
+
+    Args:
+        casts: What :func:`autocast_now` gave.
+    """
+    with ExitStack() as stack:
+        for kind, on, dtype in casts:
+            if on or torch.is_autocast_enabled(kind):
+                # An autocast around this one keeps casts of weights as they were before a step.
+                cast = torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False)
+                stack.enter_context(cast)
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """No autocast, and no casts that it kept of weights that change inside."""
+    casts = autocast_now()
+    if not any(on for _, on, _ in casts):
+        yield
+        return
+    try:
+        with autocast_as(tuple((kind, False, dtype) for kind, _, dtype in casts)):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class guarded:
@@ -90,16 +140,11 @@ class guarded:
         torch.set_rng_state(self.setting.cpu_random)
         for device, state in self.setting.device_random:
             torch.cuda.set_rng_state(state, device)
-        self.casts = [
-            torch.autocast(kind, dtype=dtype, enabled=on)
-            for kind, on, dtype in self.setting.autocast
-        ]
-        for cast in self.casts:
-            cast.__enter__()
+        self.casts = autocast_as(self.setting.autocast)
+        self.casts.__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        for cast in reversed(self.casts):
-            cast.__exit__(None, None, None)
+        self.casts.__exit__(None, None, None)
         torch.set_rng_state(self.random)
         for device, state in self.device_random:
             torch.cuda.set_rng_state(state, device)

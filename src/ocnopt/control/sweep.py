@@ -113,12 +113,15 @@ class Sweep:
         if self._backward_together():
             return
         values = [(batch.v, batch.k) for batch in self.batches]
+        grown = [torch.ones_like(v) for v, _ in values] if self.fictitious is not None else []
         for group in reversed(self.groups):
             if self.fictitious is not None:
-                values = [
-                    self.fictitious.eliminate(batch, group, v, k)
-                    for batch, (v, k) in zip(self.batches, values, strict=True)
+                found = [
+                    self.fictitious.eliminate(batch, group, v, k, so_far)
+                    for batch, (v, k), so_far in zip(self.batches, values, grown, strict=True)
                 ]
+                values = [(v, k) for v, k, _ in found]
+                grown = [so_far for _, _, so_far in found]
             for turn in group.turns:
                 turn.values = values
                 self._observe(turn)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ocnopt.control.players import Player, Unowned, find_players
 from ocnopt.control.record import Recorder
+from ocnopt.control.replay import without_autocast
 from ocnopt.control.turns import Mover
 from ocnopt.curvature import Preconditioner, preconditioner
 from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
@@ -171,7 +172,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one step.
+        """Perform one step; factors and solves keep their precision inside an autocast.
 
         Args:
             closure: Runs the model again and returns the loss (optional, as in torch).
@@ -184,13 +185,13 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             self._step()
         return loss
 
     @abstractmethod
     def _step(self) -> None:
-        """Change the weights; gradients are off."""
+        """Change the weights; gradients and autocast are off."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and forget the passes that made them."""

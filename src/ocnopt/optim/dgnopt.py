@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from ocnopt.control.alignment import Alignment
 from ocnopt.control.batch import Batch
 from ocnopt.control.cooperation import Known
 from ocnopt.control.diagnostics import Diagnostics
-from ocnopt.control.fictitious import Fictitious
+from ocnopt.control.fictitious import Fictitious, require_penalty
 from ocnopt.control.game import Game, find_game
 from ocnopt.control.party import parties
 from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
+from ocnopt.control.replay import autocast_as
 from ocnopt.control.turns import Group, Turn
 from ocnopt.curvature import Preconditioner
 from ocnopt.errors import GraphError, OptionError
@@ -44,8 +46,8 @@ class DGNOpt(FeedbackOptimizer):
       player solves for itself; the value function is shared. On a chain this is DDPNOpt.
     - "group-rational": the state and the other players of its stage, with whom it solves jointly:
       M has Kronecker blocks between them, ``E[a_n a_m^T] (x) E[V_h,n V_h,m^T]``. Only a Kronecker
-      M has such blocks; under another one, and between players whose layers have unequal numbers
-      of locations, this is "feedback", and :meth:`coverage` says so.
+      M has such blocks; under another one, and between players that are too unlike (in locations,
+      say), this is "feedback", and :meth:`coverage` says so.
 
     The game is found from the model itself. A shortcut can stand beside any layer of the path that
     it skips: that choice is its alignment, which does not change what the network computes.
@@ -57,8 +59,8 @@ class DGNOpt(FeedbackOptimizer):
         information: "open-loop", "feedback" or "group-rational".
         alignment: "early" or "late" (beside the first or the last layer that a shortcut skips),
             "auto" (late), an index, "random", or a bandit: "epsilon-greedy", "exp3++" (a choice
-            every 100 steps, rewarded by the loss's decrease), or an object of
-            ``ocnopt.control.alignment``.
+            every 100 steps, rewarded by the loss's decrease, which takes the criterion), or an
+            object of ``ocnopt.control.alignment``, for this optimizer alone.
         game: The network's game, from ``ocnopt.control.game``; found from the model where not
             given.
         fictitious: A player without parameters at every stage, "cooperative" or "adversarial"
@@ -79,7 +81,8 @@ class DGNOpt(FeedbackOptimizer):
         curvature: What M is built from.
         measure_every: Measure the actual decrease every so many steps.
         keep_grad: Whether ``.grad`` is filled.
-        keep_policy: Whether the policies of the last step stay at hand.
+        keep_policy: Whether the policies of the last step stay at hand; players who solve jointly
+            have none of their own.
         params: Parameter groups.
 
     Raises:
@@ -126,13 +129,33 @@ class DGNOpt(FeedbackOptimizer):
             raise OptionError(
                 f"information={information!r} is not known; choose one of {INFORMATION}"
             )
+        if game is not None and not isinstance(game, Game):
+            raise OptionError(
+                f"game: expected a Game, got {type(game).__name__}; ocnopt.control.game has "
+                "find_game(model) and Game.described(model, stages)"
+            )
         self.information = information
         self.rounds = Rounds(alignment_named(alignment))
         if terminal is None:
             terminal = "outer-product" if criterion is None else "bounded"
+        require_penalty(penalty)
         helper = None if fictitious is None else Fictitious(fictitious, penalty)
         if information == "open-loop":
             bellman = rollout = "off"
+            if not keep_grad or keep_policy:
+                raise OptionError(
+                    "keep_grad=False, but with information='open-loop' the gradient is all that is "
+                    "needed; leave keep_grad=True"
+                    if not keep_grad
+                    else "keep_policy=True, but with information='open-loop' there is no policy"
+                )
+        elif bellman == rollout == "off":
+            raise OptionError(
+                f"information={information!r} with bellman='off' and rollout='off' leaves nothing "
+                "but the open loop; use information='open-loop'"
+            )
+        else:
+            self._require_rewards(criterion)
         if helper is not None:
             if information == "open-loop":
                 raise OptionError("fictitious has no part in information='open-loop'")
@@ -167,11 +190,22 @@ class DGNOpt(FeedbackOptimizer):
         )
         if not self.feedback_on:
             return
+        self.rounds.take()
         if game is not None:
             self._play(game)
             return
         with contextlib.suppress(GraphError):  # then the first pass's inputs may help
             self._play(find_game(self.model, self.players))
+
+    def _require_rewards(self, criterion: nn.Module | None) -> None:
+        """Raise if the alignment learns from losses that nobody will see."""
+        alignment = self.rounds.alignment
+        if alignment.learns and alignment.every is not None and criterion is None:
+            raise OptionError(
+                f"alignment: {type(alignment).__name__} with every={alignment.every} is rewarded "
+                "by the criterion's losses; give the criterion, or every=None and "
+                "optimizer.reward(value)"
+            )
 
     # the game
 
@@ -188,11 +222,12 @@ class DGNOpt(FeedbackOptimizer):
 
     def _find(self, passes: list[Pass]) -> None:
         """Find the game from the inputs of a recorded pass."""
-        inputs = next((p.inputs for p in passes if p.inputs is not None), None)
+        seen = next((p for p in passes if p.inputs is not None), Pass())
         assert self.recorder is not None
         self.recorder.active = False
         try:
-            game = find_game(self.model, self.players, inputs)
+            with autocast_as(seen.autocast):
+                game = find_game(self.model, self.players, seen.inputs)
         except GraphError as error:
             self._untraceable = str(error)
             warnings.warn(
@@ -231,16 +266,33 @@ class DGNOpt(FeedbackOptimizer):
                 group.parties = list(found)
                 self._alone.update(alone)
             groups.append(group)
+        together = [party.turns for group in groups for party in group.parties]
+        self._require_own_policies(together)
+        # Factors move on while another alignment is played: what was made of them is stale then.
+        for names in self._known.keys() - {_names(members) for members in together}:
+            del self._known[names]
         # What the model did not call when its game was found has no stage; it acts after all.
         return groups + [Group([turn]) for turn in here.values()]
+
+    def _require_own_policies(self, together: list[list[Turn]]) -> None:
+        """Raise if policies are to be kept of players who have none but a joint one."""
+        if self.keep_policy and together:
+            raise OptionError(
+                f"keep_policy=True, but {' and '.join(map(repr, _names(together[0])))} solve "
+                "jointly and have no policies of their own; use information='feedback'"
+            )
 
     # rounds
 
     def _step(self) -> None:
         losses = self._losses() if self.rounds.alignment.every is not None else []
         super()._step()
-        if self.game is not None and losses:
+        if self.game is None:
+            return
+        if losses:
             self.rounds.after_step(self._agreed(sum(losses) / len(losses)))
+        elif self.criterion is None:  # only who learns nothing has rounds then: steps count alone
+            self.rounds.after_step(0.0)
 
     def _losses(self) -> list[float]:
         """Mean losses of the passes that are about to be stepped on."""
@@ -264,8 +316,17 @@ class DGNOpt(FeedbackOptimizer):
             value: How well the round went, in [0, 1]: a validation accuracy, say.
 
         Raises:
-            OptionError: The value is outside, or no step has been taken yet.
+            OptionError: The value is no number in [0, 1]; or there is no alignment to choose:
+                with ``information="open-loop"``, where the network's game could not be found, or
+                before the first step where it takes a batch to find it.
         """
+        why = "information='open-loop' has none" if not self.feedback_on else self._untraceable
+        if why:
+            raise OptionError(f"reward: there is no alignment to choose ({why})")
+        if not _is_number(value):
+            raise OptionError(
+                f"reward={value!r} must be a number in [0, 1], such as a validation accuracy"
+            )
         self.rounds.end(self._agreed(float(value)))
 
     # what happened
@@ -298,11 +359,26 @@ class DGNOpt(FeedbackOptimizer):
         """Restore, the alignment included.
 
         Raises:
-            OptionError: The state is of another kind of alignment, or of another game.
+            OptionError: The state is of another kind of alignment, or of another game; nothing
+                was loaded.
         """
+        if "alignment" in state_dict:
+            arms = None if self.game is None else self.game.alignments
+            self.rounds.require_loadable(state_dict["alignment"], arms)
         super().load_state_dict(state_dict)
         if "alignment" in state_dict:
             self.rounds.load_state_dict(state_dict["alignment"])
         if self.game is not None:
             self.rounds.alignment.start(self.game.alignments)
         self._known.clear()
+
+
+def _names(turns: list[Turn]) -> tuple[str, ...]:
+    return tuple(turn.player.name for turn in turns)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a real number, in a tensor perhaps; truth values are none."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)

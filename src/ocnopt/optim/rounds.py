@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from ocnopt.control.alignment import (
     Alignment,
@@ -20,6 +22,9 @@ __all__ = ["Rounds", "alignment_named"]
 
 #: Steps of a round of the bandits that are chosen by name.
 ROUND = 100
+
+#: Whose rounds an alignment is played in; neither keeps the other alive.
+_PLAYED: WeakKeyDictionary[Alignment, ref[Rounds]] = WeakKeyDictionary()
 
 
 def alignment_named(option: str | int | Alignment) -> Alignment:
@@ -44,11 +49,15 @@ def alignment_named(option: str | int | Alignment) -> Alignment:
         "epsilon-greedy": lambda: EpsilonGreedy(every=ROUND),
         "exp3++": lambda: Exp3PlusPlus(every=ROUND),
     }
-    if option not in made:
+    possible = f"{', '.join(made)}, a whole number, or an object of ocnopt.control.alignment"
+    if not isinstance(option, str):
+        mapping = " (mappings are for Game.stages alone)" if isinstance(option, Mapping) else ""
         raise OptionError(
-            f"alignment={option!r} is not known; choose one of {', '.join(made)}, a whole number, "
-            "or an object of ocnopt.control.alignment"
+            f"alignment={option!r} cannot be a {type(option).__name__}{mapping}; choose one of "
+            f"{possible}"
         )
+    if option not in made:
+        raise OptionError(f"alignment={option!r} is not known; choose one of {possible}")
     return made[option]()
 
 
@@ -70,6 +79,20 @@ class Rounds:
         self.alignment = alignment
         self.steps = 0
         self._sums = [0.0, 0.0]
+
+    def take(self) -> None:
+        """Have the alignment for these rounds alone, as long as they last.
+
+        Raises:
+            OptionError: Another optimizer plays it.
+        """
+        player = _PLAYED.get(self.alignment)
+        if player is not None and player() not in (None, self):
+            raise OptionError(
+                f"alignment: this {type(self.alignment).__name__} is played by another optimizer, "
+                "and a round is of one; give each an object of its own"
+            )
+        _PLAYED[self.alignment] = ref(self)
 
     def after_step(self, loss: float) -> None:
         """A step with this loss has been taken; ends the round where it is due."""
@@ -94,16 +117,33 @@ class Rounds:
         """Plain values."""
         return {
             "alignment": self.alignment.state_dict(),
+            "every": self.alignment.every,
             "steps": self.steps,
             "sums": list(self._sums),
         }
 
+    def require_loadable(self, state: Mapping[str, Any], arms: int | None) -> None:
+        """Raise unless a state can be loaded; nothing is changed.
+
+        Args:
+            state: What `state_dict` gave.
+            arms: How many alignments there are; None where that is not known yet.
+
+        Raises:
+            OptionError: It is of another kind of alignment, or of another number of them.
+        """
+        trial = copy.deepcopy(self.alignment)
+        trial.load_state_dict(state["alignment"])
+        if arms is not None:
+            trial.start(arms)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
+        """Take over a state; where rounds have another length now, the open one begins anew.
 
         Raises:
             OptionError: It is of another kind of alignment.
         """
         self.alignment.load_state_dict(state["alignment"])
-        self.steps = state["steps"]
-        self._sums = list(state["sums"])
+        same = state.get("every") == self.alignment.every
+        self.steps = state["steps"] if same else 0
+        self._sums = list(state["sums"]) if same else [0.0, 0.0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
-from ocnopt.control.replay import as_seen, run_again
+from ocnopt.control.replay import as_seen, run_again, without_autocast
 from ocnopt.control.sweep import Sweep
 from ocnopt.control.turns import Group
 from ocnopt.errors import GraphError
@@ -47,10 +47,11 @@ def nonlinear_rollout(model: nn.Module, sweep: Sweep, recorded: Pass) -> None:
         if id(group) not in acted:
             _require_stage_order(sweep, group, passed)
             acted.add(id(group))
-            sweep.act(group, [tape.rho(starts[player], sweep.batches[0])])
-            for turn in group.turns:
-                torch._foreach_add_(list(turn.player.params), list(turn.delta))
-            sweep.follow(group)
+            with without_autocast():  # the forward pass may have one
+                sweep.act(group, [tape.rho(starts[player], sweep.batches[0])])
+                for turn in group.turns:
+                    torch._foreach_add_(list(turn.player.params), list(turn.delta))
+                sweep.follow(group)
         passed.add(player)
 
     try:
