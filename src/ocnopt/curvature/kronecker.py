@@ -21,8 +21,8 @@ class Factored(Preconditioner):
         damping: Tikhonov damping, in the units of the curvature.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
         update_every: Steps between two updates of the factors and their factorization.
-        gram_tolerance: Relative error allowed where the Bellman pass measures samples' gradients
-            under M (about that size enters the value function, times how far it is shrunk).
+        gram_tolerance: How exactly the Bellman pass measures samples' gradients under M; about
+            that much, times how far the value function is shrunk, is the value function's error.
     """
 
     damping: float = 0.1
@@ -71,8 +71,8 @@ class KFAC(Factored):
         damping: Tikhonov damping, in the units of the curvature.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
         update_every: Steps between two updates of the factors and their factorization.
-        gram_tolerance: Relative error allowed in samples' Gram numbers under the joint M of players
-            who cooperate; a player's own are exact.
+        gram_tolerance: How much of the coupling between players who cooperate, in norm, may be
+            left out of samples' Gram numbers; a player's own are exact.
 
     Raises:
         OptionError: An option out of range.
@@ -108,7 +108,9 @@ class EKFAC(Factored):
         damping: Added to the eigenvalues.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
         update_every: Steps between two updates of the factors and their eigenbasis.
-        gram_tolerance: Relative error allowed in samples' Gram numbers; 0 looks at every direction.
+        gram_tolerance: Relative error allowed in a player's samples' Gram numbers, and how much of
+            the coupling between players who cooperate, in norm, may be left out of theirs; with 0
+            every direction is looked at.
         eigen_decay: Smoothing of the corrected eigenvalues, in [0, 1].
 
     Raises:
