@@ -51,6 +51,7 @@ benchmarks: $(STAMP) ## measure defaults, robustness, damping and cost anew (hal
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/damping.py
 	$(BIN)/python benchmarks/step_cost.py --page docs/results/cost.md
+	$(BIN)/python benchmarks/game_cost.py --page docs/results/game-cost.md
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

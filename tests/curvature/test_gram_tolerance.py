@@ -57,3 +57,26 @@ def test_a_spectrum_too_wide_for_the_dtype_is_looked_at_in_full():
     wide[0, 0, 0] = 1e6
     assert Eigen(rates, layer, basis_a, basis_b, wide, 0.01)._salient[3] is None
     assert Eigen(rates, layer, basis_a, basis_b, scales, 0.01)._salient[3] is not None
+
+
+@pytest.mark.parametrize("ratio", [100.0, 1000.0])
+def test_a_gradient_along_the_largest_direction_is_measured_to_the_tolerance(ratio):
+    """There the rest is next to nothing, and the floor magnifies what rounding leaves of it."""
+    make = torch.Generator().manual_seed(0)
+    out, inputs = 128, 577
+    turn_a, turn_b = (
+        torch.linalg.qr(torch.randn(n, n, generator=make, dtype=torch.float64))[0]
+        for n in (inputs, out)
+    )
+    spectrum = torch.logspace(0, -8, out)[:, None] * torch.logspace(0, -8, inputs)[None]
+    scales = 0.1 * (1 + ratio * spectrum.double())
+    gradients = turn_b[:, :1] @ turn_a[:, :1].T + 1e-4 * torch.randn(
+        4, out, inputs, generator=make, dtype=torch.float64
+    )
+    exact = ((turn_b.T @ gradients @ turn_a).square() / scales).sum((1, 2))
+    layer = ConvLayer(nn.Conv2d(64, out, 3), ("weight", "bias"))
+    parts = (turn_a[None].float(), turn_b[None].float(), scales[None].float())
+    metric = Eigen((1.0,), layer, *parts, 0.01)
+    assert metric._salient[3] is not None
+    rough = metric.sample_gram(layer.from_matrix(gradients.float()[:, None, None]))[:, 0, 0]
+    assert float(((rough - exact) / exact).abs().max()) < 1e-3
