@@ -90,3 +90,27 @@ def test_a_player_who_was_frozen_meets_its_partner_again():
     skip = next(p.index for p in optimizer.players if p.name == "skip")
     state = optimizer.state[model.one.weight]
     assert state[f"met:{skip}"] == 11  # the last refresh, the twelfth
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_row_32_rare_refreshes_agree_with_frequent_ones_right_after_one(kind):
+    """With factors of the current batch alone, so that what came before a refresh is forgotten."""
+    rule = {"kfac": ocnopt.curvature.KFAC, "ekfac": ocnopt.curvature.EKFAC}[kind]
+    criterion = nn.CrossEntropyLoss()
+    models, optimizers = [], []
+    for every in (1, 4):
+        torch.manual_seed(0)
+        model = games.Residual().double()
+        options = {"damping": 0.1, "decay": 0.0, "update_every": every}
+        if kind == "ekfac":
+            options["eigen_decay"] = 1.0  # eigenvalues are those of the factors
+        models.append(model)
+        optimizers.append(ocnopt.DGNOpt(model, criterion, lr=0.05, preconditioner=rule(**options)))
+    for i in range(9):
+        if i % 4 == 0:  # both refresh in this step; what they did in between differed
+            models[1].load_state_dict(models[0].state_dict())
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, criterion, *batch(i))
+        left, right = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+        gap = float((left - right).detach().abs().max())
+        assert gap < 1e-10 if i % 4 == 0 else gap > 1e-8
