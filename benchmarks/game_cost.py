@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from step_cost import CRITERION, Net, Run
+from step_cost import CRITERION, Net, Run, relative
 from torch import Tensor, nn
 
 import ocnopt
@@ -127,21 +127,10 @@ def page(figures: dict[str, dict[str, dict[str, float]]], threads: int) -> str:
         "step relative to EKFAC on the same network, refreshes of the curvature included; the",
         "optimizers took turns in one run.",
         "",
-        f"| optimizer | {' | '.join(f'{net} time | memory' for net in figures)} |",
-        f"|---|{'---|---|' * len(figures)}",
+        *relative(figures, "EKFAC"),
+        "",
     ]
-    for name in OPTIMIZERS:
-        cells = []
-        for table in figures.values():
-            row, base = table[name], table["EKFAC"]
-            cells.append(f"{row['seconds'] / base['seconds']:.2f}")
-            cells.append(f"{row['bytes'] / base['bytes']:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    milliseconds = ", ".join(
-        f"{net} {table['EKFAC']['seconds'] * 1e3:.2f} ms, {table['EKFAC']['bytes'] / 2**20:.1f} MiB"
-        for net, table in figures.items()
-    )
-    return "\n".join([*lines, "", f"EKFAC itself: {milliseconds}.", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:

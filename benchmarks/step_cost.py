@@ -183,6 +183,26 @@ def measure(net: str, device: torch.device, rounds: int) -> dict[str, dict[str, 
     }
 
 
+def relative(nets: dict[str, dict[str, dict[str, float]]], base: str) -> list[str]:
+    """A table of time and memory per net and optimizer, as multiples of one optimizer's."""
+    lines = [
+        f"| optimizer | {' | '.join(f'{net} time | memory' for net in nets)} |",
+        f"|---|{'---|---|' * len(nets)}",
+    ]
+    for name in next(iter(nets.values())):
+        cells = []
+        for table in nets.values():
+            row, unit = table[name], table[base]
+            cells.append(f"{row['seconds'] / unit['seconds']:.2f}")
+            cells.append(f"{row['bytes'] / unit['bytes']:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    itself = ", ".join(
+        f"{net} {table[base]['seconds'] * 1e3:.2f} ms, {table[base]['bytes'] / 2**20:.1f} MiB"
+        for net, table in nets.items()
+    )
+    return [*lines, "", f"{base} itself: {itself}."]
+
+
 def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str) -> str:
     """The tables as Markdown."""
     lines = [
@@ -205,20 +225,7 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
     ]
     for threads, nets in figures.items():
         lines += ["", f"## {threads} thread{'s' if threads != '1' else ''}", ""]
-        lines.append(f"| optimizer | {' | '.join(f'{net} time | memory' for net in nets)} |")
-        lines.append(f"|---|{'---|---|' * len(nets)}")
-        for name in OPTIMIZERS:
-            cells = []
-            for table in nets.values():
-                row, base = table[name], table["SGD"]
-                cells.append(f"{row['seconds'] / base['seconds']:.2f}")
-                cells.append(f"{row['bytes'] / base['bytes']:.2f}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        milliseconds = ", ".join(
-            f"{net} {table['SGD']['seconds'] * 1e3:.2f} ms, {table['SGD']['bytes'] / 2**20:.1f} MiB"
-            for net, table in nets.items()
-        )
-        lines += ["", f"SGD itself: {milliseconds}."]
+        lines += relative(nets, "SGD")
     return "\n".join(lines) + "\n"
 
 

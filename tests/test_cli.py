@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+from command_line import one_line
 
 from ocnopt import cli
 
@@ -12,15 +13,6 @@ HEAVY = ("torch", "sklearn", "matplotlib", "numpy", "scipy")
 
 def run(*words):
     return cli.main(["train", *words])
-
-
-def one_line(capsys):
-    """The one line on stderr, with nothing on stdout."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("ocnopt: ")
-    return captured.err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])

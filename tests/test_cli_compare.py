@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import one_line
 
 from ocnopt import cli
 from ocnopt.experiments.recipes import RECIPES
@@ -24,14 +25,6 @@ def here(tmp_path, monkeypatch):
 
 def run(*words):
     return cli.main(["compare", *words])
-
-
-def one_line(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("ocnopt: ")
-    return captured.err
 
 
 def test_help_is_light_and_names_every_recipe(capsys):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import one_line
 
 from ocnopt import cli
 
@@ -74,14 +75,6 @@ def looked_at(capsys, *words):
     captured = capsys.readouterr()
     assert captured.err == ""
     return json.loads(captured.out)
-
-
-def one_line(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("ocnopt: ")
-    return captured.err
 
 
 def test_help_imports_nothing_heavy():

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from command_line import one_line
 
 from ocnopt import cli
 from ocnopt.experiments.data import fetch as fetching
@@ -14,14 +15,6 @@ from ocnopt.experiments.data.sets import SETS
 
 def run(*words):
     return cli.main(["data", *words])
-
-
-def one_line(capsys):
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("ocnopt: ")
-    return captured.err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["get", "--help"], ["list"], ["where", "digits"]])
