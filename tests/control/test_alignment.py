@@ -48,7 +48,7 @@ def play(bandit, means, rounds, seed=0):
 @each_learning
 @pytest.mark.parametrize("best", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_best_of_two_arms_is_played_most(make, best, seed):
+def test_row_34_the_best_of_two_arms_is_played_most(make, best, seed):
     bandit = make(seed)
     bandit.start(2)
     arms = play(bandit, [0.9, 0.5] if best == 0 else [0.5, 0.9], 1000, seed)

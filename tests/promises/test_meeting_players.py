@@ -114,3 +114,27 @@ def test_row_32_rare_refreshes_agree_with_frequent_ones_right_after_one(kind):
         left, right = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
         gap = float((left - right).detach().abs().max())
         assert gap < 1e-10 if i % 4 == 0 else gap > 1e-8
+
+
+class Twice(nn.Module):
+    """Two layers side by side, both called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        z = torch.tanh(self.stem(x))
+        for _ in range(2):
+            z = torch.tanh(self.a(z) + self.b(z))
+        return self.head(z)
+
+
+def test_players_who_are_called_several_times_act_alone_and_say_so():
+    torch.manual_seed(0)
+    model, criterion = Twice().double(), nn.CrossEntropyLoss()
+    optimizer = ocnopt.DGNOpt(model, criterion, lr=0.05, preconditioner="kfac")
+    step(model, optimizer, criterion, *batch(0))
+    reasons = {row.module: row.reason for row in optimizer.coverage()}
+    assert reasons["a"] == reasons["b"] == "acts alone: it is called several times in a pass"

@@ -29,7 +29,7 @@ def parties(
     alone: dict[Any, str] = {}
     alike: dict[tuple[Any, ...], list[Turn]] = {}
     for turn in turns:
-        reason = _lone(turn)
+        reason = _lone(turn, batches)
         if reason:
             alone[turn.player] = reason
             continue
@@ -39,15 +39,18 @@ def parties(
         if len(members) > 1:
             found.append(Cooperation(members, known))
         else:
-            others = [t for t in turns if t is not members[0] and not _lone(t)]
+            others = [t for t in turns if t is not members[0] and not _lone(t, batches)]
             alone[members[0].player] = _unlike(members[0], others, batches)
     return found, alone if len(turns) > 1 else {}
 
 
-def _lone(turn: Turn) -> str:
-    if isinstance(turn.mover.preconditioner, Factored):
-        return ""
-    return "acts alone: M has no blocks between players (only a Kronecker M has)"
+def _lone(turn: Turn, batches: Sequence[Batch]) -> str:
+    if not isinstance(turn.mover.preconditioner, Factored):
+        return "acts alone: M has no blocks between players (only a Kronecker M has)"
+    traces = [trace for batch in batches if (trace := batch.traces.get(turn.player)) is not None]
+    if any(len(trace.inputs) > 1 for trace in traces):
+        return "acts alone: it is called several times in a pass"
+    return ""
 
 
 def _unlike(turn: Turn, others: Sequence[Turn], batches: Sequence[Batch]) -> str:
@@ -60,7 +63,7 @@ def _unlike(turn: Turn, others: Sequence[Turn], batches: Sequence[Batch]) -> str
             a, b = (_counted(kind[what]) for kind in (mine, theirs))
             return f"acts alone: {a} locations against {b} of {other.player.name!r}"
         return f"acts alone: {what} unlike that of {other.player.name!r}"
-    return "acts alone: no other player of its stage has a Kronecker M"
+    return "acts alone: no other player of its stage can solve jointly"
 
 
 def _counted(locations: tuple[int | None, ...]) -> str:
@@ -74,7 +77,6 @@ def _kind(turn: Turn, batches: Sequence[Batch]) -> dict[str, Any]:
     param = turn.player.params[0]
     return {
         "locations": tuple(None if t is None else t.locations for t in traces),
-        "a number of calls in a pass": tuple(None if t is None else len(t.inputs) for t in traces),
         "a preconditioner": repr(turn.mover.preconditioner.options()),
         # A Kronecker M has one for all of a player's parameters.
         "a learning rate": turn.mover.rates[0],

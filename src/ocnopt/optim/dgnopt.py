@@ -39,7 +39,7 @@ class DGNOpt(FeedbackOptimizer):
     Layers are players of a dynamic game that the network defines. Where it branches, several
     tensors make up the state and several players act at one stage: a projection shortcut beside
     the main path, the branches of an inception block, the query, key and value of attention. What
-    a player knows when it acts decides the update (methods of the paper, in this package's words):
+    a player knows when it acts decides the update:
 
     - "open-loop": the input alone. The optimizer that lends M.
     - "feedback": the state, that is what the updates of earlier stages have done to it. Every

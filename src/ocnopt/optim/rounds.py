@@ -23,6 +23,9 @@ __all__ = ["Rounds", "alignment_named"]
 #: Steps of a round of the bandits that are chosen by name.
 ROUND = 100
 
+#: The alignment of "auto", counted from the last.
+AUTO = -1
+
 #: Whose rounds an alignment is played in; neither keeps the other alive.
 _PLAYED: WeakKeyDictionary[Alignment, ref[Rounds]] = WeakKeyDictionary()
 
@@ -59,10 +62,6 @@ def alignment_named(option: str | int | Alignment) -> Alignment:
     if option not in made:
         raise OptionError(f"alignment={option!r} is not known; choose one of {possible}")
     return made[option]()
-
-
-#: The alignment of "auto", counted from the last.
-AUTO = -1
 
 
 class Rounds:
