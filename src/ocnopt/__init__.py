@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ocnopt import control, curvature, errors, layers, losses, optim
+    from ocnopt import control, curvature, errors, layers, losses, ode, optim
     from ocnopt.control.terminal import Criterion
     from ocnopt.errors import (
         GraphError,
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
         OcnoptError,
         OptionError,
         RecordingError,
+        SolverError,
     )
     from ocnopt.losses import MMCLoss, VanishingGradientRegularizer
-    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, DGNOpt, VanillaDDP
+    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, DGNOpt, SNOpt, VanillaDDP
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,8 @@ __all__ = [
     "OcnoptError",
     "OptionError",
     "RecordingError",
+    "SNOpt",
+    "SolverError",
     "VanillaDDP",
     "VanishingGradientRegularizer",
     "__version__",
@@ -42,12 +45,13 @@ __all__ = [
     "errors",
     "layers",
     "losses",
+    "ode",
     "optim",
 ]
 
 # Public names by the module they live in. They are imported when first asked for: the command
 # line is part of this package, and its help must not wait for torch.
-_SUBPACKAGES = frozenset({"control", "curvature", "errors", "layers", "losses", "optim"})
+_SUBPACKAGES = frozenset({"control", "curvature", "errors", "layers", "losses", "ode", "optim"})
 _HOMES = {
     "Criterion": "ocnopt.control.terminal",
     "DDPNOpt": "ocnopt.optim",
@@ -61,6 +65,8 @@ _HOMES = {
     "OcnoptError": "ocnopt.errors",
     "OptionError": "ocnopt.errors",
     "RecordingError": "ocnopt.errors",
+    "SNOpt": "ocnopt.optim",
+    "SolverError": "ocnopt.errors",
     "VanillaDDP": "ocnopt.optim",
     "VanishingGradientRegularizer": "ocnopt.losses",
 }

@@ -11,6 +11,7 @@ __all__ = [
     "OcnoptError",
     "OptionError",
     "RecordingError",
+    "SolverError",
 ]
 
 
@@ -32,3 +33,7 @@ class GraphError(OcnoptError, RuntimeError):
 
 class NonFiniteError(OcnoptError, ArithmeticError):
     """A loss, a gradient or an update is not finite; no weight was changed."""
+
+
+class SolverError(NonFiniteError):
+    """A differential equation could not be solved: steps underflow, run out, or overflow."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ocnopt.control.passes import Use
 if TYPE_CHECKING:
     from ocnopt.control.record import Recorder
 
-__all__ = ["Anchored", "GradHook", "ModuleHook", "Receiver"]
+__all__ = ["Anchored", "Committed", "GradHook", "ModuleHook", "Receiver"]
 
 
 class ModuleHook:
@@ -40,12 +40,21 @@ class ModuleHook:
         return ModuleHook, (None, self.verb)
 
 
+class Committed(Protocol):
+    """Who is told that autograd has accumulated a parameter's gradient."""
+
+    active: bool
+
+    def commit(self, index: int, param: Tensor) -> None:
+        """A gradient of the player with that index is complete."""
+
+
 class GradHook:
     """Commits what a player received once autograd has accumulated its parameter's gradient."""
 
     __slots__ = ("index", "recorder")
 
-    def __init__(self, recorder: Recorder, index: int) -> None:
+    def __init__(self, recorder: Committed, index: int) -> None:
         self.recorder = weakref.ref(recorder)
         self.index = index
 

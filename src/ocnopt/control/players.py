@@ -10,7 +10,17 @@ from torch.nn.parameter import Parameter, is_lazy
 from ocnopt.errors import OptionError
 from ocnopt.layers import Layer, kind_of
 
-__all__ = ["Player", "Unowned", "find_players"]
+__all__ = ["Player", "Solver", "Unowned", "find_players", "find_solved"]
+
+
+class Solver(nn.Module):
+    """A module that calls another as often as it likes, in the backward pass too.
+
+    Attributes:
+        func: The other; no layer in it can be told what a call of it belongs to.
+    """
+
+    func: nn.Module
 
 
 @dataclass(eq=False)
@@ -54,8 +64,33 @@ def _time_first(module: nn.Module) -> bool:
     return False
 
 
+def _solved(model: nn.Module) -> dict[int, str]:
+    """The modules that solvers call, each with its solver's name."""
+    return {
+        id(part): name
+        for name, module in model.named_modules()
+        if isinstance(module, Solver)
+        for part in module.func.modules()
+    }
+
+
+def find_solved(model: nn.Module) -> list[Player]:
+    """The layers of a model's Neural ODEs: players of the adjoint, not of the model's pass.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        They, indexed from 0 in the order of ``model.named_modules()``.
+    """
+    return _split(model, inside=True)[0]
+
+
 def find_players(model: nn.Module) -> tuple[list[Player], list[Unowned]]:
     """Split a model's trained parameters into players and the rest.
+
+    Layers of a Neural ODE are among the rest: a solver calls them, forward and backward, as often
+    as it likes. See :func:`find_solved`.
 
     Args:
         model: Any module.
@@ -66,6 +101,12 @@ def find_players(model: nn.Module) -> tuple[list[Player], list[Unowned]]:
     Raises:
         OptionError: A parameter is not initialized yet (lazy modules).
     """
+    return _split(model, inside=False)
+
+
+def _split(model: nn.Module, inside: bool) -> tuple[list[Player], list[Unowned]]:
+    """The players inside Neural ODEs or outside of them, and the parameters of no player."""
+    solved = _solved(model)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, param in module._parameters.items():
@@ -110,6 +151,8 @@ def find_players(model: nn.Module) -> tuple[list[Player], list[Unowned]]:
             reason = f"{time_first[id(module)]!r} has batch_first=False: dimension 0 is time"
         else:
             reason = kind.refuse(module)
+        if reason is None and (id(module) in solved) != inside:
+            reason = f"NeuralODE {solved.get(id(module))!r} solves it; see SNOpt"
         prefix = f"{name}." if name else ""
         for key in list(own):
             others = [o for o in owners[id(own[key])] if o != prefix + key]

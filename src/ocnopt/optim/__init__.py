@@ -5,6 +5,17 @@ from ocnopt.optim.ddpnopt import DDPNOpt
 from ocnopt.optim.dgnopt import DGNOpt
 from ocnopt.optim.emsa import EMSA
 from ocnopt.optim.kfac import EKFAC, KFAC
+from ocnopt.optim.snopt import SNOpt
 from ocnopt.optim.vanilla_ddp import VanillaDDP
 
-__all__ = ["EKFAC", "EMSA", "KFAC", "Coverage", "DDPNOpt", "DGNOpt", "ModelOptimizer", "VanillaDDP"]
+__all__ = [
+    "EKFAC",
+    "EMSA",
+    "KFAC",
+    "Coverage",
+    "DDPNOpt",
+    "DGNOpt",
+    "ModelOptimizer",
+    "SNOpt",
+    "VanillaDDP",
+]

@@ -210,7 +210,6 @@ class FeedbackOptimizer(ModelOptimizer):
         deltas = [turn.delta for turn in turns]
         done = {p for turn in turns for p in turn.player.params}
         for mover in self._rest([p for p in graded if p not in done], group_of):
-            mover.observe()
             movers.append(mover)
             deltas.append(mover.move(mover.gradient()))
         policy = Policies.of(sweep) if self.keep_policy and sweep is not None else None
@@ -373,7 +372,7 @@ class FeedbackOptimizer(ModelOptimizer):
         for player in self.players:
             if player not in order and player not in self._reasons:
                 self._reasons[player] = "it received no gradient in the last step"
-        measure_scales(turns, self.recorder)
+        measure_scales(turns, self.recorder.samples)
         return turns, batches
 
     def _nothing_recorded(self, expected: list[Player]) -> None:
@@ -398,7 +397,9 @@ class FeedbackOptimizer(ModelOptimizer):
             if rule.factored:
                 rule = Identity()
             states = self._states(mine)
-            movers.append(ParamMover(mine, [group] * len(mine), states, rule))
+            mover = ParamMover(mine, [group] * len(mine), states, rule)
+            mover.observe()
+            movers.append(mover)
         return movers
 
     # what happened

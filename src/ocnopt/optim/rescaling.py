@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from ocnopt.control.record import Recorder, sample_of
+from ocnopt.control.record import sample_of
 from ocnopt.control.turns import Turn
 from ocnopt.optim.parallel import mean_over, processes
 
 __all__ = ["measure_scales"]
 
 
-def measure_scales(turns: Sequence[Turn], recorder: Recorder) -> None:
+def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> None:
     """Set every mover's scale: the factor by which clipping or unscaling changed its gradient.
 
     A change that is no common factor (a mask, a clip by value) marks the mover as edited.
 
     The recorded signals know nothing of it, so a few entries of every gradient are compared with
     what autograd made them.
+
+    Args:
+        turns: Players and their movers.
+        samples: By parameter, what ``sample_of`` gave when autograd had accumulated the gradient.
     """
     pairs = [
         (turn, made, sample_of(param))
         for turn in turns
         for param in turn.player.params
-        if param.grad is not None and (made := recorder.samples.get(param)) is not None
+        if param.grad is not None and (made := samples.get(param)) is not None
     ]
     if not pairs:
         return

@@ -1,0 +1,13 @@
+"""Neural ODEs: the block, its adjoints and its integration time."""
+
+from ocnopt.ode.fields import ConcatConv2d, ConcatLinear, ConcatSquashLinear, TimedSequential
+from ocnopt.ode.neural_ode import Evaluations, NeuralODE
+
+__all__ = [
+    "ConcatConv2d",
+    "ConcatLinear",
+    "ConcatSquashLinear",
+    "Evaluations",
+    "NeuralODE",
+    "TimedSequential",
+]

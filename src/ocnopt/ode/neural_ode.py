@@ -1,0 +1,279 @@
+"""A layer whose output is the solution of a differential equation."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ocnopt.control.players import Solver
+from ocnopt.errors import OptionError
+from ocnopt.ode.adjoint import Problem, adjoint_solve
+from ocnopt.ode.listener import Listener, Parts
+from ocnopt.ode.solve import Method, solve
+from ocnopt.ode.unrolled import unrolled_solve
+from ocnopt.ode.warped import solve_warped
+
+__all__ = ["Evaluations", "NeuralODE"]
+
+
+class Evaluations(NamedTuple):
+    """How often a field was evaluated.
+
+    Attributes:
+        forward: By forward solves.
+        backward: By backward solves of the adjoint.
+        sampling: For the statistics of an optimizer.
+    """
+
+    forward: int
+    backward: int
+    sampling: int
+
+
+class NeuralODE(Solver):
+    """``x(t1)`` where ``dx/dt = F(t, x)`` and ``x(t0)`` is the input (Chen et al. 2018).
+
+    Solved by torchdiffeq. The gradient comes from the adjoint equation, which keeps nothing of the
+    solver's steps, or (``adjoint=False``) from back-propagation through them.
+
+    Args:
+        func: F, any module called as ``func(t, x)``: t is a number (0-dimensional), x a tensor
+            (B, ...) or a tuple of such; returns dx/dt, shaped as x. Only what is in ``x`` and in
+            the parameters of ``func`` is differentiated.
+        t0: Time of the input; a buffer.
+        t1: Time of the output, before or after t0; a buffer, so that it may be trained.
+        method: A solver of torchdiffeq: "dopri5", "dopri8", "bosh3", "fehlberg2" and
+            "adaptive_heun" choose their steps by rtol and atol; "euler", "midpoint", "heun2",
+            "heun3", "rk4", "explicit_adams" and "implicit_adams" take one step per interval
+            between two times, or those of ``options={"step_size": ...}``.
+        rtol: Relative tolerance of a step.
+        atol: Absolute tolerance of a step.
+        adjoint: Whether gradients come from the adjoint equation.
+        options: torchdiffeq's further options of the solver, for both directions.
+        adjoint_rtol: Relative tolerance of the backward solve; None for the forward one's.
+        adjoint_atol: Likewise.
+        seminorm: Whether the backward solve's steps are chosen without regard to the parameters'
+            gradient (Kidger et al. 2021), which needs fewer.
+
+    Raises:
+        OptionError: An option that cannot be; a field that is no function of (t, x).
+
+    Example::
+
+        model = nn.Sequential(encoder, NeuralODE(func), head)
+    """
+
+    def __init__(
+        self,
+        func: nn.Module,
+        t0: float = 0.0,
+        t1: float = 1.0,
+        *,
+        method: str = "dopri5",
+        rtol: float = 1e-3,
+        atol: float = 1e-3,
+        adjoint: bool = True,
+        options: Mapping[str, Any] | None = None,
+        adjoint_rtol: float | None = None,
+        adjoint_atol: float | None = None,
+        seminorm: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(func, nn.Module):
+            raise OptionError(
+                f"func: expected an nn.Module that is called as func(t, x), got "
+                f"{type(func).__name__}; wrap a function in a module with that forward"
+            )
+        for name, value in (("t0", t0), ("t1", t1)):
+            if not math.isfinite(value):
+                raise OptionError(f"{name}={value!r}, but it must be finite")
+        if float(t0) == float(t1):
+            raise OptionError(f"t0 and t1 are both {float(t0):g}; nothing would be solved")
+        self.func = func
+        self.adjoint = adjoint
+        self.seminorm = seminorm
+        self.method = Method(method, rtol, atol, dict(options or {}))
+        self.adjoint_method = replace(
+            self.method,
+            rtol=rtol if adjoint_rtol is None else adjoint_rtol,
+            atol=atol if adjoint_atol is None else adjoint_atol,
+            options={k: v for k, v in self.method.options.items() if k != "norm"},
+        )
+        self.register_buffer("t0", torch.tensor(float(t0)))
+        self.register_buffer("t1", torch.tensor(float(t1)))
+        self.t0: Tensor
+        self.t1: Tensor
+        self._counts = [0, 0, 0]
+        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+        if adjoint:
+            self._require_function()
+
+    def forward(self, x: Any, t: Tensor | None = None) -> Any:
+        """Solve.
+
+        Args:
+            x: The state at the first time: a tensor (B, ...), or a tuple of such.
+            t: None for ``[t0, t1]`` and the last state alone; or times (T,), increasing or
+                decreasing; or times of every sample (T, B), for which F is called with t (B,).
+
+        Returns:
+            The state at t1, shaped as x; or the states at every time, (T, ...) in front.
+
+        Raises:
+            SolverError: The solver fails; it says how and what to try.
+            OptionError: Times or states that cannot be.
+        """
+        single = isinstance(x, Tensor)
+        parts = _checked((x,) if isinstance(x, Tensor) else tuple(x))
+        like = parts[0]
+        real = like.dtype if like.dtype == torch.float64 else torch.float32
+        if t is None:
+            times = torch.stack([self.t0, self.t1]).to(like.device, real)
+            found = tuple(part[-1] for part in self._solve(single, self.func, parts, times))
+        else:
+            times = torch.as_tensor(t).to(like.device, real)
+            _require_times(times, like)
+            if times.dim() == 2:
+                found = solve_warped(partial(self._solve, single), self.func, parts, times)
+            else:
+                found = self._solve(single, self.func, parts, times)
+        return found[0] if single else found
+
+    def _solve(self, single: bool, field: nn.Module, x: Parts, t: Tensor) -> Parts:
+        """States at every time.
+
+        Args:
+            single: Whether the field takes a tensor rather than a tuple of such.
+            field: F, or F in another time.
+            x: The state at ``t[0]``.
+            t: Times (T,).
+        """
+        where = f"NeuralODE of {type(self.func).__name__}"
+        forward, backward, sampling = (
+            _Counted(field, single, self._counts, place) for place in range(3)
+        )
+        method, back = (_for_parts(m, single) for m in (self.method, self.adjoint_method))
+        if not torch.is_grad_enabled():
+            return solve(forward, x, t, method, where=where)
+        if not self.adjoint:
+            listeners = list(self._listeners)
+            return unrolled_solve(forward, sampling, x, t, method, listeners, where)
+        problem = Problem(
+            forward,
+            backward,
+            sampling,
+            tuple(p for p in field.parameters() if p.requires_grad),
+            method,
+            back,
+            self.seminorm,
+            lambda: list(self._listeners),
+            where,
+        )
+        return adjoint_solve(problem, x, t)
+
+    # who follows
+
+    def follow(self, listener: Listener) -> None:
+        """Tell a listener of every backward pass, for as long as it lives; copies are not told."""
+        self._listeners.add(listener)
+
+    def unfollow(self, listener: Listener) -> None:
+        """Tell it no longer."""
+        self._listeners.discard(listener)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listeners": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_listeners": weakref.WeakSet()})  # type: ignore[no-untyped-call]
+
+    # counts
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """How often the field was evaluated since :meth:`reset_evaluations`."""
+        return Evaluations(*self._counts)
+
+    def reset_evaluations(self) -> None:
+        """Count from zero again."""
+        self._counts[:] = [0, 0, 0]
+
+    # what is refused
+
+    def _require_function(self) -> None:
+        for name, module in self.func.named_modules():
+            random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+            running = (
+                isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+            )
+            if random or running:
+                raise OptionError(
+                    f"func: layer {name!r} is a {type(module).__name__}, so that func is no "
+                    "function of (t, x) and its adjoint is wrong; put it outside, use GroupNorm "
+                    "or LayerNorm, or take adjoint=False with a fixed-step solver"
+                )
+
+    def extra_repr(self) -> str:
+        """Times and solver."""
+        solver = f"method={self.method.name!r}"
+        if self.method.adaptive:
+            solver += f", rtol={self.method.rtol:g}, atol={self.method.atol:g}"
+        return f"t0={float(self.t0):g}, t1={float(self.t1):g}, {solver}, adjoint={self.adjoint}"
+
+
+class _Counted:
+    """A field on a tuple of tensors that counts its evaluations."""
+
+    def __init__(self, field: nn.Module, single: bool, counts: list[int], place: int) -> None:
+        self.field = field
+        self.single = single
+        self.counts = counts
+        self.place = place
+
+    def __call__(self, t: Tensor, x: Parts) -> Parts:
+        self.counts[self.place] += 1
+        value = self.field(t, x[0] if self.single else x)
+        found = (value,) if isinstance(value, Tensor) else tuple(value)
+        if [f.shape for f in found] != [part.shape for part in x]:
+            shapes = [tuple(f.shape) for f in found], [tuple(part.shape) for part in x]
+            raise OptionError(
+                f"func: {type(self.field).__name__} returned {shapes[0]} for a state of "
+                f"{shapes[1]}; dx/dt must be shaped as x"
+            )
+        return found
+
+
+def _for_parts(method: Method, single: bool) -> Method:
+    """The user's norm of a tensor as one of a tuple of one."""
+    norm = method.options.get("norm")
+    if norm is None or not single:
+        return method
+    return replace(method, options={**method.options, "norm": lambda parts: norm(parts[0])})
+
+
+def _checked(x: Parts) -> Parts:
+    if not x or not all(isinstance(part, Tensor) for part in x):
+        raise OptionError("x: expected a tensor or a tuple of tensors")
+    if not all(part.is_floating_point() for part in x):
+        raise OptionError(f"x: expected floating-point numbers, got {x[0].dtype}")
+    return x
+
+
+def _require_times(t: Tensor, like: Tensor) -> None:
+    if t.dim() not in (1, 2) or len(t) < 2:
+        raise OptionError(f"t: expected at least two times (T,) or (T, B), got {tuple(t.shape)}")
+    if t.dim() == 2 and t.shape[1] != len(like):
+        raise OptionError(
+            f"t: {tuple(t.shape)} holds times of {t.shape[1]} samples, but the state has "
+            f"{len(like)}"
+        )
+    steps = t.detach().diff(dim=0)
+    if not (bool((steps > 0).all()) or bool((steps < 0).all()) or t.dim() == 2):
+        raise OptionError("t: times must be increasing or decreasing, no two of them equal")

@@ -1,0 +1,171 @@
+"""Kronecker factors of a vector field's layers along the adjoint (methods 4.4 and 4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ocnopt.control.players import Player
+from ocnopt.layers.base import Capture
+from ocnopt.ode.listener import Field, Parts
+
+__all__ = ["AdjointStatistics", "Moments"]
+
+
+class Moments:
+    """What was seen of one layer since the last step.
+
+    Attributes:
+        inputs: ``sum of duration z z^T`` over samples, locations and points of time,
+            (groups, in, in).
+        signals: ``sum of D duration g g^T`` likewise, of gradients of the loss as the loop scaled
+            it, (groups, out, out).
+        weight: ``sum of duration`` over samples, locations and points of time.
+        points: Points of time.
+    """
+
+    __slots__ = ("inputs", "points", "signals", "weight")
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+        self.signals: Tensor | None = None
+        self.weight = 0.0
+        self.points = 0
+
+
+class AdjointStatistics:
+    """Follows the adjoints of Neural ODEs and gathers their layers' factors.
+
+    With the low-rank adjoint of rank one, ``p_n = int z_n (x) g_n dt`` is a layer's gradient, where
+    z are its inputs (with a one for the bias), ``g = (dF/dh)^T a`` and a the adjoint. Points of
+    time are treated as locations of a convolution are: as independent. So
+
+        A = mean of z z^T,    B = D int E[g g^T] dt,    Q_uu ~ A (x) B
+
+    with g per sample, D the sample step. Solves add up until :meth:`clear`.
+
+    Args:
+        players: Layers of the fields.
+        step: Returns D.
+        due: Returns the players whose factors are wanted in this backward pass.
+    """
+
+    def __init__(
+        self,
+        players: Sequence[Player],
+        step: Callable[[], float],
+        due: Callable[[], Collection[Player]],
+    ) -> None:
+        self.players = list(players)
+        self._step = step
+        self._due = due
+        self.moments: dict[Player, Moments] = {}
+        self._rows: dict[int, int] = {}
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.moments = {}
+        self._rows = {}
+
+    @property
+    def samples(self) -> int:
+        """Samples whose gradients arrived, each counted once per backward pass."""
+        return sum(self._rows.values())
+
+    # as a listener
+
+    @property
+    def sample_step(self) -> float | None:
+        """D where factors are due."""
+        return self._step() if self._due() else None
+
+    def arrived(self, task: int, field: Field, end: Tensor, x: Parts, gradient: Parts) -> None:
+        """Count the samples."""
+        rows = x[0].shape[0] if x[0].dim() else 1
+        self._rows[task] = max(rows, self._rows.get(task, 0))
+
+    def sample(self, field: Field, t: Tensor, x: Parts, a: Parts, duration: float) -> None:
+        """Evaluate the field once more and gather every due layer's moments."""
+        calls: list[tuple[Player, Capture, GradientEdge]] = []
+
+        def keep(player: Player) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+                if not isinstance(out, Tensor) or not out.requires_grad:
+                    return
+                capture = player.layer.capture(module, args, kwargs)
+                # The edge stays the layer's own, whatever is done to its output in place.
+                calls.append((player, capture, get_gradient_edge(out)))
+
+            return hook
+
+        due = self._due()
+        handles = [
+            p.module.register_forward_hook(keep(p), prepend=True, with_kwargs=True) for p in due
+        ]
+        try:
+            with torch.enable_grad():
+                outputs = field(t, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        pairs = [(f, v) for f, v in zip(outputs, a, strict=True) if f.requires_grad]
+        if not calls or not pairs:
+            return
+        fs, vs = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(fs, [edge for _, _, edge in calls], vs, allow_unused=True)
+        step = self._step()
+        for (player, capture, _), g in zip(calls, grads, strict=True):
+            if g is not None:
+                self._add(player, capture, g.detach(), duration, step)
+        for player in due:
+            if player in self.moments:
+                self.moments[player].points += 1
+
+    def _add(
+        self, player: Player, capture: Capture, g: Tensor, duration: float, step: float
+    ) -> None:
+        layer, dtype = player.layer, player.params[0].dtype
+        z = layer.features(capture, dtype)
+        if g.dim() == 1:  # called on one vector for all samples
+            z, g = z.unsqueeze(0), g.unsqueeze(0)
+        rows, cols = layer.rows(z), layer.cols(g.to(dtype))
+        found = self.moments.setdefault(player, Moments())
+        inputs = layer.second_moment(rows) * duration
+        signals = layer.second_moment(cols) * (duration * step)
+        found.inputs = inputs if found.inputs is None else found.inputs + inputs
+        found.signals = signals if found.signals is None else found.signals + signals
+        found.weight += duration * rows.shape[0] * rows.shape[1]
+
+    # what came of it
+
+    def factors(self, player: Player, count: int, per_sample: float) -> tuple[Tensor, Tensor]:
+        """A and B of a layer whose moments were gathered.
+
+        Args:
+            player: The layer.
+            count: Samples in the step.
+            per_sample: What turns a gradient of the loss into one sample's own.
+
+        Returns:
+            (groups, in, in) and (groups, out, out).
+        """
+        found = self.moments[player]
+        assert found.inputs is not None and found.signals is not None
+        return found.inputs / found.weight, found.signals * (per_sample**2 / count)
+
+    def sums(self, player: Player) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, signals and weight of :class:`Moments`; zeros where nothing was seen."""
+        found = self.moments.get(player)
+        matrix = player.layer.to_matrix(tuple(p.detach() for p in player.params))
+        groups, out, into = matrix.shape
+        if found is None or found.inputs is None or found.signals is None:
+            inputs, signals = (
+                matrix.new_zeros(groups, into, into),
+                matrix.new_zeros(groups, out, out),
+            )
+            return inputs, signals, matrix.new_zeros(())
+        return found.inputs, found.signals, matrix.new_tensor(found.weight)
