@@ -99,6 +99,11 @@ def solve(
             if on_step is not None and not method.adaptive:
                 on_step(t, y, dt)
 
+    options = dict(method.options)
+    if method.adaptive:
+        # Else the last step goes beyond the end, and what an interpolant says there is the result:
+        # an error that no tolerance controls.
+        options.setdefault("step_t", t[1:].detach())
     watched = Watched()
     if on_step is not None and method.adaptive:
         watched.callback_accept_step = on_step  # type: ignore[attr-defined]
@@ -110,7 +115,7 @@ def solve(
             rtol=method.rtol,
             atol=method.atol,
             method=method.name,
-            options=dict(method.options),
+            options=options,
         )
     except AssertionError as error:
         problem = _PROBLEMS.get(str(error).partition(" ")[0])
