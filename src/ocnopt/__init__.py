@@ -86,13 +86,44 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def citation() -> str:
-    """BibTeX of the paper that :class:`DDPNOpt` comes from."""
+_PAPERS = {
+    "DDPNOpt": (
+        "liu2021ddpnopt",
+        "{DDPNOpt}: Differential Dynamic Programming Neural Optimizer",
+        "International Conference on Learning Representations",
+    ),
+    "DGNOpt": (
+        "liu2021dynamic",
+        "Dynamic Game Theoretic Neural Optimizer",
+        "International Conference on Machine Learning",
+    ),
+    "SNOpt": (
+        "liu2021second",
+        "Second-order Neural {ODE} Optimizer",
+        "Advances in Neural Information Processing Systems",
+    ),
+}
+
+
+def citation(optimizer: str = "DDPNOpt") -> str:
+    """BibTeX of the paper that an optimizer comes from.
+
+    Args:
+        optimizer: "DDPNOpt", "DGNOpt" or "SNOpt".
+
+    Raises:
+        OptionError: Another name.
+    """
+    if optimizer not in _PAPERS:
+        from ocnopt.errors import OptionError
+
+        raise OptionError(f"optimizer={optimizer!r}; choose one of {', '.join(_PAPERS)}")
+    key, title, venue = _PAPERS[optimizer]
     return (
-        "@inproceedings{liu2021ddpnopt,\n"
-        "  title     = {{DDPNOpt}: Differential Dynamic Programming Neural Optimizer},\n"
+        f"@inproceedings{{{key},\n"
+        f"  title     = {{{title}}},\n"
         "  author    = {Liu, Guan-Horng and Chen, Tianrong and Theodorou, Evangelos A.},\n"
-        "  booktitle = {International Conference on Learning Representations},\n"
+        f"  booktitle = {{{venue}}},\n"
         "  year      = {2021}\n"
         "}"
     )

@@ -129,20 +129,24 @@ def train(
         recipe: Settings of one of the papers' problems, which other options change: wine-fcn,
             digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn,
             digits-deep; digits-residual, mnist-residual, fashion-mnist-residual, cifar-10-residual,
-            cifar-10-resnet18; digits-inception, mnist-inception, fashion-mnist-inception or
-            cifar-10-inception.
+            cifar-10-resnet18; digits-inception, mnist-inception, fashion-mnist-inception,
+            cifar-10-inception; mnist-ode, fashion-mnist-ode, cifar-10-ode, cifar-10-ode-full,
+            articulary-word-recognition-ode, articulary-word-recognition-ode-full or
+            character-trajectories-half-ode.
         dataset: What to train on: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn (see
             ocnopt data list), or your own as module:function, which returns train_x, train_y,
             test_x and test_y [default: digits].
         network: fcn: linear layers; cnn: four convolutions and two linear layers; residual-fcn and
-            residual-cnn: blocks with shortcuts; inception: blocks with branches; or your own as
-            module:function, called with the shape of an input and the number of classes
-            [default: fcn].
-        optimizer: ddpnopt, dgnopt, kfac, ekfac, sgd, rmsprop, adam, vanilla-ddp, emsa, or any other
-            as package.module:Class [default: ddpnopt].
+            residual-cnn: blocks with shortcuts; inception: blocks with branches; ode-cnn:
+            convolutions about a Neural ODE; gru-ode: for time series, a Neural ODE from observation
+            to observation; or your own as module:function, called with the shape of an input and
+            the number of classes [default: fcn].
+        optimizer: ddpnopt, dgnopt, kfac, ekfac, sgd, rmsprop, adam, vanilla-ddp, emsa, snopt (for
+            networks with Neural ODEs), or any other as package.module:Class [default: ddpnopt].
         lr: Learning rate [default: by optimizer].
         option: Option of the optimizer as key=value, such as momentum=0.9 or
-            preconditioner=kfac; may be repeated.
+            preconditioner=kfac; may be repeated. With rest_lr=RATE the optimizer trains the Neural
+            ODEs of a network alone, and Adam, at this rate, all that lies outside of them.
         batch_size: Samples per step [default: 8 for digits, wine and clusters, 128 for cifar-10 and
             svhn, else 32].
         epochs: Passes over the training set [default: 10 without --steps].
@@ -162,8 +166,8 @@ def train(
         log_every: Steps between rows of metrics.jsonl [default: 50].
         checkpoint_every: Steps between checkpoints [default: at every epoch's end].
         device: Torch device, such as cpu or cuda [default: cpu].
-        threads: Threads that torch may use [default: 1 for fcn and residual-fcn, torch's own
-            setting for the others].
+        threads: Threads that torch may use [default: 1 for fcn, residual-fcn and gru-ode,
+            torch's own setting for the others].
         json: Print one JSON object on stdout in place of the progress bar and the summary.
     """
     from ocnopt.experiments.choices import with_recipe
@@ -257,19 +261,22 @@ def compare(
     Args:
         optimizer: An optimizer, with its options and, if you like, a sweep of its own, as in
             'ddpnopt preconditioner=rmsprop lr=0.001:0.1:7'; any of ddpnopt, dgnopt, kfac, ekfac,
-            sgd, rmsprop, adam, vanilla-ddp, emsa, or package.module:Class. To be repeated: the
-            first is what times are relative to [default: sgd, adam and ddpnopt].
+            sgd, rmsprop, adam, vanilla-ddp, emsa, snopt, or package.module:Class. To be repeated:
+            the first is what times are relative to [default: sgd, adam and ddpnopt].
         lr: Learning rates of all others: FROM:TO:COUNT with even ratios, as in 0.01:1:7, or a list,
             as in 0.1,0.2,0.4 [default: eight, from a tenth to 30 times the optimizer's usual one].
         recipe: Settings of one of the papers' problems, which other options change: wine-fcn,
             digits-fcn, mnist-fcn, fashion-mnist-fcn, mnist-cnn, svhn-cnn, cifar-10-cnn,
             digits-deep; digits-residual, mnist-residual, fashion-mnist-residual, cifar-10-residual,
-            cifar-10-resnet18; digits-inception, mnist-inception, fashion-mnist-inception or
-            cifar-10-inception.
+            cifar-10-resnet18; digits-inception, mnist-inception, fashion-mnist-inception,
+            cifar-10-inception; mnist-ode, fashion-mnist-ode, cifar-10-ode, cifar-10-ode-full,
+            articulary-word-recognition-ode, articulary-word-recognition-ode-full or
+            character-trajectories-half-ode.
         dataset: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn, or your own as
             module:function, which returns train_x, train_y, test_x and test_y [default: digits].
-        network: fcn, cnn, residual-fcn, residual-cnn, inception, or your own as module:function,
-            called with the shape of an input and the number of classes [default: fcn].
+        network: fcn, cnn, residual-fcn, residual-cnn, inception, ode-cnn, gru-ode, or your own as
+            module:function, called with the shape of an input and the number of classes
+            [default: fcn].
         widths: Hidden widths of fcn, such as 32,32,16; widths or channels of the blocks of
             residual-fcn, residual-cnn and inception [default: by network and data set].
         activation: Non-linearity of fcn and residual-fcn [default: by data set].
@@ -381,8 +388,9 @@ def inspect(
         dataset: digits, wine, clusters, mnist, fashion-mnist, cifar-10, svhn, none of which is
             read, or your own as module:function, which returns train_x, train_y, test_x and test_y
             [default: digits].
-        network: fcn, cnn, residual-fcn, residual-cnn, inception, or your own as module:function,
-            called with the shape of an input and the number of classes [default: fcn].
+        network: fcn, cnn, residual-fcn, residual-cnn, inception, ode-cnn, gru-ode, or your own as
+            module:function, called with the shape of an input and the number of classes
+            [default: fcn].
         widths: Widths, or channels, such as 32,32,16 [default: by network and data set].
         activation: Non-linearity of fcn and residual-fcn [default: by data set].
         depth: Layers on the main path of a residual block [default: 2].

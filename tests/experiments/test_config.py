@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from ocnopt.experiments.config import TrainConfig, from_json
@@ -47,7 +49,7 @@ def test_widths():
         ({"dataset": "cifar"}, "digits, wine.*or give your own as module:function"),
         (
             {"network": "rnn"},
-            "fcn, cnn, residual-fcn, residual-cnn, inception, or give your own as module:function",
+            "fcn, cnn, residual-fcn, residual-cnn, inception, ode-cnn, .*or give your own as module:fu",
         ),
         ({"optimizer": "lion"}, "ddpnopt, dgnopt, kfac.*or give your own as package.module:Class"),
         ({"activation": "gelu"}, "tanh, relu, sigmoid$"),
@@ -62,7 +64,7 @@ def test_widths():
         ({"network": "cnn", "pools": (0, 2)}, "pools must be two of 1 to 4"),
         ({"network": "cnn", "pools": (2, 5)}, "pools must be two of 1 to 4"),
         ({"network": "cnn", "pools": (1, 2, 3)}, "pools must be two of 1 to 4"),
-        ({"channels": 3, "hidden": 4}, "channels belongs to --network cnn, not to fcn"),
+        ({"channels": 3, "hidden": 4}, "channels belongs to --network cnn, ode-cnn, not to fcn"),
         ({"depth": 2}, "depth belongs to --network residual-fcn, residual-cnn, not to fcn"),
         (
             {"network": "residual-fcn", "norm": "batch"},
@@ -76,6 +78,8 @@ def test_widths():
         ({"network": "residual-fcn", "depth": 0}, "depth must be at least 1"),
         ({"network": "mine:net", "head": "sigmoid"}, "head belongs to --network fcn, not to mine"),
         ({"network": "mine:net", "pools": (1, 2)}, "pools belongs to --network cnn"),
+        ({"evaluate_every": 0.0}, "evaluate-every must be a positive number of epochs, not 0.0"),
+        ({"evaluate_every": float("inf")}, "evaluate-every"),
         ({"lr": 0.0}, "positive"),
         ({"lr": float("nan")}, "positive"),
         ({"steps": 0}, "at least 1"),
@@ -151,6 +155,7 @@ def test_only_what_changes_the_computation_counts_as_a_difference():
     kept = TrainConfig(seed=1, steps=5, threads=1).resolved().to_json()
     later = TrainConfig(seed=1, steps=9, threads=2, curve=True, log_every=7).resolved()
     assert later.differences(kept) == []
+    assert replace(later, evaluate_every=0.5).differences(kept) == []
     held = TrainConfig(seed=1, validation=0.2).resolved()
     assert held.differences(kept) == ["validation: 0.0, not 0.2"]
     assert TrainConfig(seed=2).resolved().differences(kept) == ["seed: 1, not 2"]

@@ -7,10 +7,10 @@ import torch
 
 from ocnopt.experiments import datasets
 from ocnopt.experiments.data.locate import data_folder
-from ocnopt.experiments.data.sets import SETS
+from ocnopt.experiments.data.sets import DENSITIES, SETS, all_sets
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.order import DataOrder
-from ocnopt.experiments.problems import PROBLEMS, DatasetName
+from ocnopt.experiments.problems import PROBLEMS, DatasetName, DensityName, SetName
 
 
 def test_digits_are_images_standardized_by_the_training_set():
@@ -59,12 +59,31 @@ def test_what_needs_no_file_is_as_described(name):
 
 def test_every_name_has_a_data_set_and_a_problem():
     assert set(SETS) == set(PROBLEMS) == set(get_args(DatasetName))
-    for name, facts in SETS.items():
+    assert set(DENSITIES) == set(get_args(DensityName))
+    assert list(all_sets()) == list(get_args(SetName))
+    for name, facts in all_sets().items():
         assert facts.name == name
-        assert (facts.origin == "files") == bool(facts.folder and facts.files and facts.downloads)
+        assert (facts.origin == "files") == bool(facts.folder) == bool(facts.files)
+        # They can be fetched, or it is said how else they get there.
+        assert bool(facts.files) == (bool(facts.downloads) != bool(facts.by_hand))
+        assert (facts.classes > 0) == (name in SETS)
         for download in facts.downloads:
-            assert re.fullmatch("md5:[0-9a-f]{32}", download.checksum)
             assert download.urls and all(url.endswith("/" + download.name) for url in download.urls)
+            if download.checksum is None:  # then what an archive holds is checked
+                assert len(facts.published) == len(facts.files)
+                assert download.name not in facts.files
+            else:
+                assert re.fullmatch("md5:[0-9a-f]{32}", download.checksum)
+
+
+def test_a_set_that_has_to_be_brought_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"no folder .*Half\); no server has it; put its two \.ts"):
+        datasets.load("character-trajectories-half", tmp_path)
+
+
+def test_the_half_is_never_to_be_compared():
+    layout = SETS["character-trajectories-half"].layout
+    assert "never be compared with published" in layout
 
 
 def test_unknown_name():

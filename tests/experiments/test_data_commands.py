@@ -10,7 +10,7 @@ from command_line import one_line
 from ocnopt import cli
 from ocnopt.experiments.data import fetch as fetching
 from ocnopt.experiments.data import sets
-from ocnopt.experiments.data.sets import SETS
+from ocnopt.experiments.data.sets import SETS, all_sets
 
 
 def run(*words):
@@ -42,11 +42,12 @@ def test_list_shows_every_set_and_whether_it_is_there(capsys, mnist_root, monkey
     monkeypatch.setenv("COLUMNS", "140")
     assert run("list", "--data-root", str(mnist_root)) == 0
     out = capsys.readouterr().out
-    for name, facts in SETS.items():
-        line = next(line for line in out.splitlines() if f" {name} " in line)
-        assert f"{facts.train:,} + {facts.test:,}" in line
-        assert "x".join(map(str, facts.shape)) in line
-    assert " mnist/ " in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    for name, facts in all_sets().items():
+        assert f"{facts.train:,} + {facts.test:,}" in lines[name]
+        assert "x".join(map(str, facts.shape)) in lines[name]
+    assert lines["mnist"].split()[-1] == lines["digits"].split()[-1] == "yes"
+    assert lines["svhn"].split()[-1] == lines["gas"].split()[-1] == "no"
     assert str(mnist_root) in out
 
 
@@ -55,6 +56,8 @@ def test_list_fits_a_narrow_terminal(capsys, mnist_root, monkeypatch):
     assert run("list", "--data-root", str(mnist_root)) == 0
     table = capsys.readouterr().out.splitlines()[:-1]
     assert max(map(len, table)) <= 80
+    assert len(table) == len(all_sets()) + 3  # heading, rule and an empty line: nothing is folded
+    assert all(name in line for name, line in zip(all_sets(), table[2:-1], strict=True))
 
 
 def test_list_as_json(capsys, mnist_root):
@@ -62,7 +65,7 @@ def test_list_as_json(capsys, mnist_root):
     listed = json.loads(capsys.readouterr().out)
     assert listed["data_root"] == str(mnist_root)
     by_name = {facts["name"]: facts for facts in listed["sets"]}
-    assert list(by_name) == list(SETS)
+    assert list(by_name) == list(all_sets())
     assert by_name["mnist"]["present"] and by_name["mnist"]["missing"] == []
     assert by_name["digits"]["present"] and by_name["digits"]["folder"] is None
     assert not by_name["svhn"]["present"]
@@ -128,6 +131,18 @@ def test_get_then_load(capsys, tmp_path, small_mnist, monkeypatch):
     assert run("get", "mnist", "--data-root", str(root), "--json") == 0
     (told,) = json.loads(capsys.readouterr().out)["sets"]
     assert (told["name"], told["fetched"], told["present"]) == ("mnist", False, True)
+
+
+def test_get_of_a_set_that_cannot_be_fetched(capsys, tmp_path):
+    assert run("get", "gas", "--data-root", str(tmp_path / "root")) == 2
+    says = one_line(capsys)
+    assert "ethylene_CO.txt of https://archive.ics.uci.edu/dataset/322" in says
+    assert "ethylene_CO.pickle" in says and "can run code" in says
+    assert not (tmp_path / "root").exists()
+    (tmp_path / "gas").mkdir()
+    (tmp_path / "gas" / "ethylene_CO.txt").touch()
+    assert run("get", "gas", "--data-root", str(tmp_path)) == 0
+    assert "already in" in capsys.readouterr().out
 
 
 def test_get_that_fails_is_one_line_and_code_2(capsys, tmp_path, small_mnist):

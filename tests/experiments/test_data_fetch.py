@@ -4,6 +4,7 @@ import io
 import sys
 import tarfile
 import threading
+import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,7 +12,7 @@ import pytest
 
 from ocnopt.experiments.data import fetch as fetching
 from ocnopt.experiments.data.fetch import fetch
-from ocnopt.experiments.data.sets import SETS, Download
+from ocnopt.experiments.data.sets import DENSITIES, SETS, Download
 from ocnopt.experiments.data.terminal import DownloadProgress
 from ocnopt.experiments.errors import InputError
 
@@ -293,3 +294,111 @@ def test_bars_end_full_whatever_mirrors_did(server, tmp_path):
         assert [task.description for task in tasks] == ["a.gz", "b.gz"]
         assert [task.completed for task in tasks] == [d.size for d in data_set.downloads]
         assert [task.total for task in tasks] == [d.size for d in data_set.downloads]
+
+
+WORDS = SETS["articulary-word-recognition"]
+
+
+def zipped(members):
+    """A zip of names and contents."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, body in members.items():
+            packed.writestr(name, body)
+    return out.getvalue()
+
+
+def words(series, dimensions=9, classes=25):
+    """A .ts file as the archive has it, with series of a single step."""
+    names = [f"{label}.0" for label in range(classes)]
+    lines = ["# tongues", f"@dimensions {dimensions}", f"@classLabel true {' '.join(names)}"]
+    rows = [":".join(["0.5"] * dimensions) + f":{names[i % classes]}" for i in range(series)]
+    return "\n".join([*lines, "@data", *rows])
+
+
+TRAIN, TEST = WORDS.files
+PUBLISHED = {"ArticularyWordRecognition.txt": "read me", TRAIN: words(275), TEST: words(300)}
+
+
+def without_checksum(server, body):
+    name = WORDS.downloads[0].name
+    server.files[f"/{name}"] = body
+    return replace(WORDS, downloads=(Download(name, (f"{server.url}/{name}",), None),))
+
+
+def test_zip_without_a_checksum_is_checked_by_its_counts_and_unpacked(server, tmp_path):
+    assert fetch(without_checksum(server, zipped(PUBLISHED)), tmp_path) is True
+    assert left(tmp_path) == sorted(f"{WORDS.folder}/{name}" for name in WORDS.files)
+    assert (tmp_path / WORDS.folder / TRAIN).read_text() == PUBLISHED[TRAIN]
+
+
+def test_a_zip_put_there_by_hand(server, tmp_path):
+    data_set = without_checksum(server, b"")
+    by_hand = tmp_path / "ArticularyWordRecognition.zip"
+    by_hand.write_bytes(zipped({**PUBLISHED, TEST: words(299)}))
+    with pytest.raises(
+        InputError, match="holds 299 series of 9 dimensions and 25 classes, not 300"
+    ):
+        fetch(data_set, tmp_path)
+    by_hand.write_bytes(zipped(PUBLISHED))
+    assert fetch(data_set, tmp_path) is True
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (zipped({**PUBLISHED, TRAIN: words(274)}), r"_TRAIN\.ts holds 274 series of 9.*, not 275"),
+        (zipped({**PUBLISHED, TEST: words(300, dimensions=8)}), r"_TEST\.ts holds .* 8 dimensions"),
+        (
+            zipped({**PUBLISHED, TEST: words(300, classes=24)}),
+            r"_TEST\.ts holds .* 24 classes, not",
+        ),
+        (zipped({**PUBLISHED, TEST: words(300)[:-2]}), r"_TEST\.ts ends line 304 with"),
+        (zipped({TRAIN: words(275)}), f"has no {TEST}"),
+        (zipped({f"folder/{name}": body for name, body in PUBLISHED.items()}), f"has no {TRAIN}"),
+        (zipped({**PUBLISHED, "../evil.ts": "evil"}), r"outside of it, \.\./evil\.ts"),
+        (zipped({**PUBLISHED, "/tmp/evil.ts": "evil"}), "outside of it, /tmp/evil.ts"),
+        (zipped({f"{TRAIN}/": "", **PUBLISHED}), "as something else than a file"),
+        (zipped(PUBLISHED)[:-30], "cannot be unpacked"),
+        (zipped(PUBLISHED)[:200] + bytes(60) + zipped(PUBLISHED)[260:], "cannot be unpacked"),
+        (b"<html>moved</html>", "cannot be unpacked"),
+    ],
+    ids=[
+        *("fewer", "dimensions", "classes", "cut inside", "missing", "folder", "up", "absolute"),
+        *("a folder", "cut", "corrupt", "other"),
+    ],
+)
+def test_a_zip_that_cannot_be_trusted_is_refused(server, tmp_path, body, says):
+    root = tmp_path / "root"
+    with pytest.raises(InputError, match=says) as raised:
+        fetch(without_checksum(server, body), root)
+    assert "\n" not in str(raised.value)
+    assert left(tmp_path) == []
+    assert list(root.iterdir()) == []
+
+
+def test_without_a_checksum_the_message_asks_for_none(server, unreachable, tmp_path):
+    name = WORDS.downloads[0].name
+    data_set = replace(WORDS, downloads=(Download(name, (f"{unreachable}/{name}",), None),))
+    with pytest.raises(InputError, match=r"put a copy at .*ArticularyWordRecognition\.zip and run"):
+        fetch(data_set, tmp_path)
+
+
+def test_an_archive_may_have_a_folder_of_another_name(server, tmp_path):
+    name = "data.tar.gz"
+    server.files[f"/{name}"] = archive(
+        {"data/gas/data.npy": b"of another set", "data/miniboone/data.npy": b"numbers"}
+    )
+    data_set = replace(
+        DENSITIES["miniboone"], downloads=(download(name, server.files[f"/{name}"], server.url),)
+    )
+    assert fetch(data_set, tmp_path) is True
+    assert left(tmp_path) == ["miniboone/data.npy"]
+    assert (tmp_path / "miniboone" / "data.npy").read_bytes() == b"numbers"
+
+
+def test_a_set_that_has_to_be_brought_is_not_fetched(tmp_path):
+    with pytest.raises(InputError, match=r"no server has it; put its two \.ts files there by hand"):
+        fetch(SETS["character-trajectories-half"], tmp_path)
+    assert list(tmp_path.iterdir()) == []

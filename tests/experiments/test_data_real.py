@@ -10,7 +10,9 @@ import torch
 
 from ocnopt.experiments import datasets
 from ocnopt.experiments.data.locate import find_files, missing_files
-from ocnopt.experiments.data.sets import SETS
+from ocnopt.experiments.data.series import check_published, lengths, load_series
+from ocnopt.experiments.data.sets import DENSITIES, SERIES, SETS
+from ocnopt.experiments.data.tabular import load_density
 
 VARIABLE = os.environ.get("OCNOPT_DATA")
 pytestmark = pytest.mark.skipif(not VARIABLE, reason="OCNOPT_DATA is not set")
@@ -71,3 +73,44 @@ def test_unpacked_bytes_are_the_publishers(name):
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         found.append(hashlib.md5(raw).hexdigest())
     assert tuple(found) == MD5[name]
+
+
+@pytest.fixture(params=list(SERIES))
+def series(request):
+    missing = missing_files(SERIES[request.param], Path(VARIABLE))
+    if missing:
+        pytest.skip(f"no {missing[0]} of {request.param} in OCNOPT_DATA")
+    return request.param
+
+
+def test_series_are_as_described(series):
+    facts = SERIES[series]
+    check_published(find_files(facts, Path(VARIABLE))[0].parent, facts)
+    parts = load_series(series)
+    data = datasets.load(series)
+    assert (len(data.train_x), len(data.test_x)) == (facts.train, facts.test)
+    assert (data.shape, data.classes) == (facts.shape, facts.classes)
+    everything = torch.cat((data.train_y, data.test_y)).bincount(minlength=facts.classes)
+    for x, y in (parts.train, parts.validation, parts.test):
+        share = len(y) / everything.sum()
+        assert float((y.bincount(minlength=facts.classes) - share * everything).abs().max()) <= 1
+        longest = x.isfinite().all(-1)
+        assert torch.equal(longest.sum(-1), lengths(x))
+        assert torch.equal(
+            longest.sort(-1, descending=True).values, longest
+        )  # padding is at the end
+    d = facts.shape[1] // 2
+    x = parts.train[0][parts.train[0].isfinite().all(-1)].double()
+    torch.testing.assert_close(x[:, d + 1 :].mean(0), torch.zeros(d).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x[:, d + 1 :].std(0), torch.ones(d).double(), atol=1e-4, rtol=0)
+    assert float(x[:, : d + 1].min()) == 0 and float(x[:, : d + 1].max()) == 1
+
+
+@pytest.mark.parametrize("name", list(DENSITIES))
+def test_tables_are_as_described(name):
+    facts = DENSITIES[name]
+    if missing_files(facts, Path(VARIABLE)):
+        pytest.skip(f"no {name} in OCNOPT_DATA")
+    found = load_density(name)
+    assert (len(found.train) + len(found.validation), len(found.test)) == (facts.train, facts.test)
+    assert found.train.shape[1:] == facts.shape

@@ -121,6 +121,28 @@ def test_curves_where_they_are_asked_for():
     assert alone.accuracies == ((3, alone.test_accuracy),)
 
 
+def test_runs_that_are_timed_keep_their_clock_and_run_alone(ran):
+    timed = [wine(seed=s, steps=20, evaluate_every=0.5) for s in (0, 1)]
+    outcomes = run_grid([*timed, wine(seed=2, steps=20)], processes=1)
+    assert [seeds for *_, seeds in ran] == [(0,), (1,), (2,)]
+    for found in outcomes[:2]:
+        assert [step for step, _ in found.accuracies] == [0, 9, 17, 20]
+        assert [step for step, *_ in found.clock] == [0, 9, 17, 20]
+        for (_, cpu, wall), (_, later, more) in itertools.pairwise(found.clock):
+            assert cpu <= later and wall < more
+        assert len(found.losses) == 20
+        assert found.seconds_per_step == pytest.approx(found.clock[-1][2] / 20)
+    assert outcomes[2].clock == outcomes[2].accuracies == ()
+    # What is trained together has the same numbers, though no times.
+    assert outcomes[2].train_loss == run_grid([wine(seed=2, steps=20, curve=True)])[0].train_loss
+
+
+def test_the_clock_ends_where_a_run_diverges():
+    (found,) = run_grid([wine(lr=1e30, activation="relu", steps=20, evaluate_every=0.5)])
+    assert found.failed and found.diverged_step == 2
+    assert [step for step, *_ in found.clock] == [step for step, _ in found.accuracies] == [0]
+
+
 def test_output_folders_are_not_used(tmp_path):
     run_grid([wine(output=tmp_path / "run")], processes=1)
     assert not (tmp_path / "run").exists()
@@ -260,6 +282,19 @@ def test_what_decides_a_run_decides_its_key(settings):
     assert key_of(wine(**settings)) != key_of(wine())
 
 
+def test_times_are_those_of_one_machine(monkeypatch):
+    def key(**settings):
+        return key_of(wine(**settings))
+
+    timed = key(evaluate_every=0.5)
+    assert timed == key(evaluate_every=0.5, threads=1, curve=True, log_every=7)
+    assert len({timed, key(), key(evaluate_every=1), key(evaluate_every=0.5, threads=2)}) == 4
+    untimed = key()
+    monkeypatch.setattr(cache_module, "machine", lambda device: "another")
+    assert key(evaluate_every=0.5) != timed
+    assert key() == untimed
+
+
 def test_the_networks_settings_decide_the_key():
     def cnn(**settings):
         return key_of(TrainConfig(network="cnn", optimizer="sgd", **settings))
@@ -306,7 +341,7 @@ def test_files_are_known_by_their_sizes_wherever_they_are(mnist_root, tmp_path, 
 
 def test_the_code_and_torch_decide_the_key(monkeypatch):
     before = key_of(wine())
-    monkeypatch.setattr(cache_module, "_code", lambda: "another")
+    monkeypatch.setattr(cache_module, "code_digest", lambda: "another")
     assert key_of(wine()) != before
     monkeypatch.undo()
     assert key_of(wine()) == before

@@ -9,10 +9,14 @@ import ocnopt
 from ocnopt.experiments import optimizers
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.problems import OptimizerName
+from ocnopt.ode import NeuralODE, TimedSequential
 
 
 def build(name, **options):
-    return optimizers.build(name, nn.Linear(3, 2), nn.CrossEntropyLoss(), 0.1, options)
+    model = nn.Sequential(NeuralODE(TimedSequential(nn.Linear(3, 3))), nn.Linear(3, 2))
+    return optimizers.build(
+        name, model if name == "snopt" else model[1], nn.CrossEntropyLoss(), 0.1, options
+    )
 
 
 @pytest.mark.parametrize("name", get_args(OptimizerName))

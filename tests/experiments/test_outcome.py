@@ -45,6 +45,7 @@ def test_json_round_trip():
         outcome([1.0, 2.0]),
         outcome([1.0, math.nan], diverged_step=2),
         outcome([1.0], curve=False),
+        outcome([1.0, 2.0], clock=[(0, 0.0, 0.0), (2, 0.25, 0.5)]),
     ):
         assert Outcome.from_json(json.loads(json.dumps(found.to_json()))) == found
 

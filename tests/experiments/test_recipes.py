@@ -32,7 +32,7 @@ def test_recipes_are_what_the_paper_says():
     """Section 5.1: FCNs of 5 linear layers; CNNs of 4 convolutions and 2 linear layers."""
     for name, recipe in RECIPES.items():
         config = TrainConfig(**recipe).resolved()
-        kinds = [type(m) for m in build_network(config, data_like(config.dataset))]
+        kinds = [type(m) for m in build_network(config, data_like(config.dataset)).children()]
         if name.endswith("-fcn"):
             assert kinds.count(nn.Linear) == 5
             assert all(10 <= width <= 32 for width in config.widths)

@@ -1,12 +1,15 @@
+import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
 
-from ocnopt.errors import NonFiniteError
+from ocnopt.errors import NonFiniteError, SolverError
 from ocnopt.experiments import optimizers, training
 from ocnopt.experiments.config import TrainConfig
+from ocnopt.experiments.datasets import Data
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.training import Watcher, train
 
@@ -36,7 +39,7 @@ def rows_of(folder):
 
 
 def without_times(rows):
-    return [{key: row[key] for key in row if key != "seconds"} for row in rows]
+    return [{k: row[k] for k in row if k not in ("seconds", "cpu_seconds")} for row in rows]
 
 
 class StopAt(Watcher):
@@ -114,6 +117,87 @@ def test_a_run_with_a_validation_split_is_not_resumed_without(tmp_path):
     train(wine(steps=3, validation=0.2, output=tmp_path))
     with pytest.raises(InputError, match=r"validation: 0\.2, not 0\.0"):
         train(wine(steps=3, output=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (0.5, [0, 9, 17, 26, 34]),  # 17 steps an epoch: halves are at 8.5, 17, 25.5 and 34
+        (1, [0, 17, 34]),
+        (0.1, [0, 2, 4, 6, 7, 9, 11, 12, 14, 16, 17, 19, 21, 23, 24, 26, 28, 29, 31, 33, 34]),
+        (0.01, list(range(35))),  # more often than there are steps
+        (1.5, [0, 26, 34]),
+        (9, [0, 34]),
+    ],
+)
+def test_evaluations_have_a_rhythm_of_their_own(every, steps):
+    plain = train(wine("sgd", batch_size=8, epochs=2, log_every=5))
+    assert plain.steps_per_epoch == 17
+    result = train(wine("sgd", batch_size=8, epochs=2, log_every=5, evaluate_every=every))
+    rows = [row for row in result.rows if row["test_accuracy"] is not None]
+    assert [row["step"] for row in rows] == steps
+    assert rows[0]["train_loss"] is None and rows[0]["seconds"] == rows[0]["cpu_seconds"] == 0
+    for before, row in itertools.pairwise(rows):
+        assert row["seconds"] > before["seconds"]
+        # The clock of the processor may be too coarse for a single step.
+        assert row["cpu_seconds"] >= before["cpu_seconds"]
+    # Looking does not change what is seen.
+    assert weights(result.model) == weights(plain.model)
+    assert result.test_accuracy == plain.test_accuracy == rows[-1]["test_accuracy"]
+
+
+def test_neither_clock_counts_evaluations(monkeypatch):
+    """Nor does the processor's count waiting."""
+    accuracy = training._Run._accuracy
+
+    def slow(self):
+        until = time.perf_counter() + 0.05
+        while time.perf_counter() < until:
+            pass
+        return accuracy(self)
+
+    class Waiting(Watcher):
+        def stepped(self, step, loss):
+            time.sleep(0.02)
+
+    monkeypatch.setattr(training._Run, "_accuracy", slow)
+    started, cpu = time.perf_counter(), time.thread_time()
+    row = train(wine("sgd", steps=10, evaluate_every=0.01), Waiting()).rows[-1]
+    wall, cpu = time.perf_counter() - started, time.thread_time() - cpu
+    assert 10 * 0.02 <= row["seconds"] <= wall - 11 * 0.05
+    assert row["cpu_seconds"] <= min(cpu - 0.05, row["seconds"] - 0.15)
+
+
+def test_a_resumed_run_goes_on_with_its_clocks(tmp_path):
+    settings = {"steps": 34, "evaluate_every": 0.5, "log_every": 100}
+    with pytest.raises(KeyboardInterrupt):
+        train(wine(**settings, output=tmp_path), StopAt(20))
+    before = rows_of(tmp_path)[-1]
+    assert before["step"] == 17
+    whole = train(wine(**settings, output=tmp_path, resume=True))
+    assert [row["step"] for row in whole.rows] == [0, 9, 17, 26, 34]
+    assert whole.rows[2] == before
+    assert whole.rows[3]["cpu_seconds"] >= before["cpu_seconds"] > 0
+    assert whole.rows[3]["seconds"] > before["seconds"]
+
+
+class _Overflowing(torch.nn.Linear):
+    """Has no outputs for the second half of the test set, as a solver that overflows."""
+
+    def forward(self, x):
+        if not self.training and len(x) != 1000:
+            raise SolverError("steps underflow")
+        return super().forward(x)
+
+
+def test_samples_that_no_solver_gets_through_are_wrong_answers(monkeypatch):
+    x = torch.cat([-torch.ones(750, 1), torch.ones(750, 1)])
+    data = Data(x[700:800], (x[700:800, 0] > 0).long(), x, (x[:, 0] > 0).long(), 2)
+    monkeypatch.setattr(training, "load_data", lambda config: data)
+    monkeypatch.setattr(training, "build_network", lambda *_: _Overflowing(1, 2))
+    result = train(wine("sgd", lr=1.0, steps=20, batch_size=20))
+    assert result.diverged_step is None
+    assert result.test_accuracy == pytest.approx(1000 / 1500)
 
 
 def test_resume_drops_rows_after_the_checkpoint_and_a_torn_line(tmp_path):

@@ -16,19 +16,24 @@ import ocnopt
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.files import write_json
+from ocnopt.experiments.machine import machine
 from ocnopt.experiments.outcome import Outcome
 
-__all__ = ["Cache", "key_of"]
+__all__ = ["Cache", "code_digest", "key_of"]
 
 #: Settings that do not change what a run comes to.
-_WITHOUT_EFFECT = ("data_root", "threads", "log_every", "checkpoint_every", "curve")
+_WITHOUT_EFFECT = (
+    *("data_root", "threads"),
+    *("log_every", "checkpoint_every", "curve", "evaluate_every"),
+)
 #: Parts of the package that runs compute with.
 _COMPUTING = (
-    *("control", "curvature", "layers", "losses", "optim"),
+    *("control", "curvature", "layers", "losses", "ode", "optim"),
     *("experiments/data", "experiments/networks"),
 )
 _COMPUTING_FILES = (
-    *("datasets", "optimizers", "order", "outcome", "setup", "together", "training"),
+    *("datasets", "horizon", "optimizers", "order", "outcome", "setup", "split", "stopwatch"),
+    *("together", "training"),
 )
 
 
@@ -90,15 +95,20 @@ def key_of(config: TrainConfig) -> str:
     facts: dict[str, Any] = {
         "settings": settings,
         "torch": torch.__version__,
-        "code": _code(),
+        "code": code_digest(),
         "data": _files(config),
         "own": [_source(n) for n in (config.dataset, config.network, config.optimizer) if ":" in n],
     }
+    if config.evaluate_every is not None:
+        # Times are those of one machine and so many threads; the others' are no answer.
+        threads = config.resolved().threads
+        facts["clock"] = [config.evaluate_every, threads, machine(config.device)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
-def _code() -> str:
+def code_digest() -> str:
+    """The digest of all code that runs compute with."""
     root = Path(ocnopt.__file__).parent
     files = [file for part in _COMPUTING for file in (root / part).rglob("*.py")]
     files += [root / "experiments" / f"{name}.py" for name in _COMPUTING_FILES]

@@ -12,9 +12,12 @@ from typing import Any, get_args
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.problems import (
     BLOCK_WIDTHS,
+    CHANNELS,
+    HIDDEN,
     LEARNING_RATES,
     NETWORK_SETTINGS,
     OF_LINEAR_LAYERS,
+    ON_ONE_THREAD,
     PROBLEMS,
     Activation,
     DatasetName,
@@ -23,6 +26,7 @@ from ocnopt.experiments.problems import (
     Norm,
     OptimizerName,
     Problem,
+    Solver,
 )
 
 DEFAULT_EPOCHS = 10
@@ -33,7 +37,7 @@ _OWN = Problem(batch_size=32, widths=(32, 32, 32, 32), activation="relu")
 # may differ when a run is resumed.
 _FREE_ON_RESUME = frozenset(
     {"epochs", "steps", "output", "resume", "data_root", "device", "threads"}
-    | {"log_every", "checkpoint_every", "curve"}
+    | {"log_every", "checkpoint_every", "curve", "evaluate_every"}
 )
 # Settings that say how a command was called; they are not kept with the run.
 _NOT_KEPT = frozenset({"output", "resume"})
@@ -47,9 +51,9 @@ class TrainConfig:
         dataset: Data set to train on: a name, or `module:function` that returns a
             :class:`~ocnopt.experiments.datasets.Data` or the tensors or arrays (train_x, train_y,
             test_x, test_y).
-        network: Network recipe, `fcn`, `cnn`, `residual-fcn`, `residual-cnn` or `inception`, or
-            `module:function` that is called with (shape, classes), or with nothing if it takes
-            nothing, and returns an `nn.Module`.
+        network: Network recipe, `fcn`, `cnn`, `residual-fcn`, `residual-cnn`, `inception`,
+            `ode-cnn` or `gru-ode`, or `module:function` that is called with (shape, classes), or
+            with nothing if it takes nothing, and returns an `nn.Module`.
         optimizer: Optimizer by its command-line name, or `package.module:Class`.
         lr: Learning rate, positive.
         options: Keyword options of the optimizer's class.
@@ -57,11 +61,15 @@ class TrainConfig:
             `residual-cnn` and `inception`.
         activation: Non-linearity of `fcn` and `residual-fcn`.
         head: What `fcn` applies to its last layer's output.
-        channels: Channels of `cnn`.
-        hidden: Width between the two linear layers of `cnn`.
+        channels: Channels of `cnn` and `ode-cnn`.
+        hidden: Width between the two linear layers of `cnn`; features of the state of `gru-ode`.
+        stride: Of a series, `gru-ode` sees every so manieth observation.
         pools: Convolutions of `cnn`, two out of 1 to 4, that a max-pool follows.
         depth: Layers on the main path of a block of `residual-fcn` and `residual-cnn`.
         norm: Normalization in `residual-cnn` and `inception`.
+        method: Solver of the differential equation in `ode-cnn` and `gru-ode`.
+        rtol: Its relative tolerance.
+        atol: Its absolute tolerance.
         validation: Share of the training set that is kept apart, always the same one, and tested
             on in place of the test set, as tuning needs it; in [0, 1).
         batch_size: Samples per step; an epoch's last incomplete batch is dropped.
@@ -72,11 +80,14 @@ class TrainConfig:
         resume: Take up the run in `output` from its checkpoint.
         data_root: Folder with the data sets that are files.
         device: Torch device.
-        threads: Threads that torch may use. None: one for `fcn` and `residual-fcn`, whose products
-            are too small to be shared and suffer badly where cores are busy; torch's own setting
-            for networks of convolutions.
+        threads: Threads that torch may use. None: one for `fcn`, `residual-fcn` and `gru-ode`,
+            whose products are too small to be shared and suffer badly where cores are busy; torch's
+            own setting for networks of convolutions.
         log_every: Steps from one logged row to the next; epoch ends are logged too.
         curve: Whether a grid keeps this run's loss and accuracy over time.
+        evaluate_every: Epochs from one evaluation to the next, such as 0.25; one comes before the
+            first step and one at the end, too. A grid keeps them with the seconds of training
+            until each, and trains such a run alone. None: at the ends of epochs.
         checkpoint_every: Steps from one checkpoint to the next; epoch ends are kept too.
 
     Raises:
@@ -93,9 +104,13 @@ class TrainConfig:
     head: Head | None = None
     channels: int | None = None
     hidden: int | None = None
+    stride: int | None = None
     pools: tuple[int, int] | None = None
     depth: int | None = None
     norm: Norm | None = None
+    method: Solver | None = None
+    rtol: float | None = None
+    atol: float | None = None
     validation: float = 0.0
     batch_size: int | None = None
     epochs: int | None = None
@@ -109,6 +124,7 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int | None = None
     curve: bool = False
+    evaluate_every: float | None = None
 
     def __post_init__(self) -> None:
         """Check every value, so that a bad one fails here and not in the middle of a run."""
@@ -119,6 +135,7 @@ class TrainConfig:
             ("activation", Activation, ""),
             ("head", Head, ""),
             ("norm", Norm, ""),
+            ("method", Solver, ""),
         ):
             value, choices = getattr(self, name), get_args(kind)
             fits = value in choices or (value is None and not own) or (own and ":" in value)
@@ -128,13 +145,20 @@ class TrainConfig:
                     f"{name} {value!r} is not known; choose from {', '.join(choices)}{more}"
                 )
         whole = ("batch_size", "epochs", "steps", "threads", "log_every", "checkpoint_every")
-        for name in (*whole, "channels", "hidden", "depth"):
+        for name in (*whole, "channels", "hidden", "stride", "depth"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"{flag} must be at least 1, not {value}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr must be a positive number, not {self.lr}")
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a positive number, not {value}")
+        every = self.evaluate_every
+        if every is not None and not (math.isfinite(every) and every > 0):
+            raise InputError(f"evaluate-every must be a positive number of epochs, not {every}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be between 0 and {2**32 - 1}, not {self.seed}")
         if self.widths is not None and (not self.widths or min(self.widths) < 1):
@@ -143,8 +167,9 @@ class TrainConfig:
             raise InputError(f"validation must be a share in [0, 1), not {self.validation}")
         ours = self.network in get_args(NetworkName)
         if ours and self.network not in OF_LINEAR_LAYERS and self.dataset in ("wine", "clusters"):
+            what = "time series" if self.network == "gru-ode" else "images"
             raise InputError(
-                f"network {self.network} needs images and {self.dataset} has none; use --network "
+                f"network {self.network} needs {what} and {self.dataset} has none; use --network "
                 f"{' or '.join(sorted(OF_LINEAR_LAYERS))}"
             )
         for name, networks in NETWORK_SETTINGS.items():
@@ -167,11 +192,15 @@ class TrainConfig:
             "widths": BLOCK_WIDTHS.get(self.network, problem.widths),
             "activation": problem.activation,
             "head": "identity",
-            "channels": 32,
-            "hidden": 128,
+            "channels": CHANNELS.get(self.network),
+            "hidden": HIDDEN.get(self.network),
+            "stride": 1,
             "pools": (2, 4),
             "depth": 2,
             "norm": "none",
+            "method": "dopri5",
+            "rtol": 1e-3,
+            "atol": 1e-3,
         }
         given: dict[str, Any] = {
             name: (getattr(self, name) or usual) if self.network in NETWORK_SETTINGS[name] else None
@@ -185,7 +214,7 @@ class TrainConfig:
             **given,
             batch_size=self.batch_size or problem.batch_size,
             epochs=DEFAULT_EPOCHS if no_end else self.epochs,
-            threads=self.threads or (1 if self.network in OF_LINEAR_LAYERS else None),
+            threads=self.threads or (1 if self.network in ON_ONE_THREAD else None),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from ocnopt.experiments.data.clusters import SPREAD, gaussian_clusters
 from ocnopt.experiments.data.damage import damaged
 from ocnopt.experiments.data.idx import read_images
 from ocnopt.experiments.data.locate import find_files
-from ocnopt.experiments.data.sets import SETS
+from ocnopt.experiments.data.series import load_series
+from ocnopt.experiments.data.sets import SERIES, SETS
 from ocnopt.experiments.data.svhn import read_mat
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.problems import DatasetName
@@ -27,7 +28,8 @@ class Data:
     """A training and a test set.
 
     Attributes:
-        train_x: Inputs, (N, features) or (N, channels, height, width), float32.
+        train_x: Inputs, (N, features), (N, channels, height, width) or, for time series,
+            (N, steps, channels), float32; the rows past a series' end are NaN.
         train_y: Classes, (N,), int64.
         test_x: Inputs of the test set.
         test_y: Classes of the test set.
@@ -62,14 +64,17 @@ def load(name: DatasetName, root: Path | None = None) -> Data:
     Args:
         name: `digits` and `wine` come with scikit-learn (a stratified 80/20 split, always the
             same); `clusters` are generated; `mnist`, `fashion-mnist`, `cifar-10` and `svhn` are
-            read from files and keep their own test sets.
+            read from files and keep their own test sets; time series are read from files and split
+            anew (`ocnopt.experiments.data.series.load_series`), their validation part being the
+            end of the training set here.
         root: Folder that holds `mnist/` and so on; None takes the environment variable
             OCNOPT_DATA, else a folder in the user's cache.
 
     Returns:
         The data on the CPU, standardized by the statistics of the training set alone. Wine and
         clusters have a mean and a deviation per feature; grey images one of each as a whole, so
-        that a pixel that never varies stays harmless; colour images one per channel.
+        that a pixel that never varies stays harmless; colour images one per channel; time series
+        one per channel as well, of the training part without the validation part.
 
     Raises:
         InputError: If files are missing (it says how to get them) or damaged, or scikit-learn is
@@ -83,6 +88,8 @@ def load(name: DatasetName, root: Path | None = None) -> Data:
         return _clusters()
     if name not in SETS:
         raise InputError(f"there is no data set {name!r}; choose from {', '.join(SETS)}")
+    if name in SERIES:
+        return _series(name, root)
     data_set = SETS[name]
     files = find_files(data_set, root)
     if name == "cifar-10":
@@ -97,6 +104,12 @@ def load(name: DatasetName, root: Path | None = None) -> Data:
     dims = (0, 2, 3) if train[0].shape[1] > 1 else (0, 1, 2, 3)
     (train_x, train_y), (test_x, test_y) = _scaled(train), _scaled(test)
     return _standardized(name, train_x, train_y, test_x, test_y, dims, data_set.classes)
+
+
+def _series(name: DatasetName, root: Path | None) -> Data:
+    parts = load_series(name, root)
+    train_x, train_y = map(torch.cat, zip(parts.train, parts.validation, strict=True))
+    return Data(train_x, train_y, *parts.test, classes=parts.classes)
 
 
 def _digits() -> Data:

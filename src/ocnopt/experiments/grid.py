@@ -150,11 +150,8 @@ def _train_alone(config: TrainConfig) -> Outcome:
     from ocnopt.experiments.training import train
 
     result = train(config)
-    accuracies = [
-        (row["step"], row["test_accuracy"])
-        for row in result.rows
-        if row["test_accuracy"] is not None and not row.get("diverged")
-    ]
+    timed = config.evaluate_every is not None
+    rows = [r for r in result.rows if r["test_accuracy"] is not None and not r.get("diverged")]
     return make_outcome(
         seed=config.seed,
         history=result.history,
@@ -162,8 +159,9 @@ def _train_alone(config: TrainConfig) -> Outcome:
         diverged_step=result.diverged_step,
         accuracy=result.test_accuracy,
         seconds_per_step=result.seconds / max(result.steps, 1),
-        accuracies=accuracies,
-        curve=config.curve,
+        accuracies=[(row["step"], row["test_accuracy"]) for row in rows],
+        curve=config.curve or timed,
+        clock=[(r["step"], r["cpu_seconds"], r["seconds"]) for r in rows] if timed else (),
     )
 
 

@@ -1,4 +1,9 @@
-"""Build an optimizer from its command-line name and keyword options."""
+"""Build an optimizer from its command-line name and keyword options.
+
+Every optimizer has one option that is not its class's: ``rest_lr`` lets it train a network's Neural
+ODEs alone, and Adam, at this learning rate, all that lies outside of them. That is how the authors
+of SNOpt train their time-series networks, whichever optimizer the Neural ODE has (methods 4.11).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,10 @@ from torch import nn
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.own import find
 from ocnopt.experiments.problems import OptimizerName
+from ocnopt.experiments.split import build_apart
 
+#: The option of all optimizers.
+REST_LR = "rest_lr"
 # What the training run itself provides.
 _PROVIDED = frozenset({"self", "model", "criterion", "params", "lr"})
 
@@ -24,6 +32,7 @@ _OURS = {
     "ekfac": "EKFAC",
     "vanilla-ddp": "VanillaDDP",
     "emsa": "EMSA",
+    "snopt": "SNOpt",
 }
 
 
@@ -41,7 +50,7 @@ def build(
         model: The model to train.
         criterion: The loss that the training loop calls.
         lr: Learning rate.
-        options: Keyword options of the optimizer's class.
+        options: Keyword options of the optimizer's class, and `rest_lr`.
 
     Returns:
         The optimizer, ready for the ordinary loop.
@@ -52,14 +61,17 @@ def build(
     kind = _class(name)
     valid = valid_options(kind)
     for option in options:
-        if option not in valid:
+        if option not in (*valid, REST_LR):
             raise InputError(f"{name} has no option {option!r}; its options are {', '.join(valid)}")
+    own = {option: value for option, value in options.items() if option != REST_LR}
     first = list(inspect.signature(kind).parameters)[:2]
     arguments: tuple[Any, ...] = (model.parameters(),)
     if first[:1] == ["model"]:
         arguments = (model, criterion) if "criterion" in first else (model,)
     try:
-        return kind(*arguments, lr=lr, **options)
+        if REST_LR in options:
+            return build_apart(kind, model, criterion, lr, own, options[REST_LR])
+        return kind(*arguments, lr=lr, **own)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} refused its options: {error}") from error
 

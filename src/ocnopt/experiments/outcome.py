@@ -32,6 +32,8 @@ class Outcome:
         losses: The curve (step, mean training loss of the steps since the last point); empty where
             none was asked for.
         accuracies: The curve (step, test accuracy); likewise.
+        clock: For every point of `accuracies` (step, CPU seconds, wall-clock seconds) of training
+            until then; empty but for runs that are evaluated at a rhythm of their own.
     """
 
     seed: int
@@ -42,6 +44,7 @@ class Outcome:
     seconds_per_step: float
     losses: tuple[tuple[int, float], ...] = ()
     accuracies: tuple[tuple[int, float], ...] = ()
+    clock: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -64,11 +67,14 @@ class Outcome:
         Raises:
             TypeError: It is something else.
         """
-        curves = {key: tuple((int(s), float(v)) for s, v in kept[key]) for key in _CURVES}
+        curves = {
+            key: tuple((int(step), *map(float, values)) for step, *values in kept[key])
+            for key in _CURVES
+        }
         return cls(**{**kept, **curves})
 
 
-_CURVES = ("losses", "accuracies")
+_CURVES = ("losses", "accuracies", "clock")
 
 
 def make_outcome(
@@ -81,6 +87,7 @@ def make_outcome(
     seconds_per_step: float,
     accuracies: Sequence[tuple[int, float]],
     curve: bool,
+    clock: Sequence[tuple[int, float, float]] = (),
 ) -> Outcome:
     """Sum a run up.
 
@@ -93,6 +100,7 @@ def make_outcome(
         seconds_per_step: Training time per step.
         accuracies: Test accuracy at some steps.
         curve: Whether the curves are kept.
+        clock: As in :class:`Outcome`.
     """
     loss = float("nan") if diverged_step else float(history[-per_epoch:].mean())
     return Outcome(
@@ -104,6 +112,7 @@ def make_outcome(
         seconds_per_step=seconds_per_step,
         losses=_thinned(history) if curve else (),
         accuracies=tuple(accuracies) if curve else (),
+        clock=tuple(clock),
     )
 
 

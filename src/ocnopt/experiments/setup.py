@@ -129,6 +129,13 @@ def build_network(config: TrainConfig, data: Data) -> nn.Module:
     if c.network == "inception":
         assert c.widths and c.norm
         return networks.inception(networks.Inception(c.widths, c.norm), *fits)
+    if c.network == "ode-cnn":
+        assert c.channels and c.method and c.rtol and c.atol
+        return networks.ode_cnn(networks.OdeCNN(c.channels, c.method, c.rtol, c.atol), *fits)
+    if c.network == "gru-ode":
+        assert c.hidden and c.stride and c.method and c.rtol and c.atol
+        series = networks.GruODE(c.hidden, c.stride, c.method, c.rtol, c.atol)
+        return networks.gru_ode(series, *fits)
     build = find(config.network, "network")
     model = build(*_arguments(config.network, build, fits))
     if not isinstance(model, nn.Module):

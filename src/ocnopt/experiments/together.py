@@ -44,6 +44,7 @@ def can_be_together(config: TrainConfig) -> bool:
         config.network in OF_LINEAR_LAYERS
         and config.optimizer in _STACKABLE
         and config.device == "cpu"
+        and config.evaluate_every is None
         and not options.get("measure_every")
         and options.get("dynamics_order", 1) == 1
         and (isinstance(alignment, int) or alignment in _ALIGNMENTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.order import DataOrder
 from ocnopt.experiments.runfolder import RunFolder
 from ocnopt.experiments.setup import build_network, correct, load_data, total_steps
+from ocnopt.experiments.stopwatch import Stopwatch
 
 _EVALUATION_BATCH = 1000
 
@@ -132,7 +132,7 @@ class _Run:
         self.history = torch.full((self.total,), float("nan"), device=device)
         self.step = 0
         self.logged = 0
-        self.seconds = 0.0
+        self.spent = Stopwatch()
         self.diverged: int | None = None
         self.rows: list[dict[str, Any]] = []
         self.folder = None if config.output is None else RunFolder(config.output)
@@ -144,6 +144,8 @@ class _Run:
 
     def finish(self, watcher: Watcher) -> TrainResult:
         watcher.start(self.step, self.total)
+        if self.config.evaluate_every is not None and not self.rows:
+            self._log(watcher)
         self._loop(watcher)
         if self.diverged is not None:
             self._log(watcher)
@@ -160,7 +162,7 @@ class _Run:
         batchwise = optimizers.runs_batches(optimizer)
         step: Any = optimizer.step
         model.train()
-        started = time.perf_counter()
+        self.spent.start()
         while self.step < self.total:
             index = self.order.batch(self.step)
             try:
@@ -176,24 +178,34 @@ class _Run:
                     step()
             except NonFiniteError:
                 self.diverged = self.step + 1
-                self.seconds += time.perf_counter() - started
+                self.spent.stop()
                 return
             self.step += 1
             watcher.stepped(self.step, loss)
 
             ends = self.step % per_epoch == 0 or self.step == self.total
-            log = ends or self.step % log_every == 0
+            due = self._due(ends)
+            log = ends or due or self.step % log_every == 0
             keep = ends or (keep_every is not None and self.step % keep_every == 0)
             if log or keep:
                 self._synchronize()
-                self.seconds += time.perf_counter() - started
+                self.spent.stop()
                 if not self._finite():
                     return
                 if log:
-                    self._log(watcher, evaluate=ends or self.config.curve)
+                    self._log(watcher, evaluate=due or self.config.curve)
                 if keep and self.folder is not None:
                     self.folder.save(self._state())
-                started = time.perf_counter()
+                self.spent.start()
+
+    def _due(self, ends: bool) -> bool:
+        """Whether an evaluation comes now, at the end of an epoch or not."""
+        if self.config.evaluate_every is None:
+            return ends
+        every = self.config.evaluate_every * self.order.steps_per_epoch
+        # Ten times a tenth of an epoch is a whole one.
+        before, now = (int(step / every + 1e-9) for step in (self.step - 1, self.step))
+        return now > before or self.step == self.total
 
     def _finite(self) -> bool:
         """Look for a loss that is not finite since the last row, and note the first."""
@@ -204,12 +216,14 @@ class _Run:
 
     def _log(self, watcher: Watcher, *, evaluate: bool = True) -> None:
         diagnostics = self._diagnostics()
+        losses = self.history[self.logged : self.step]
         row: dict[str, Any] = {
             "step": self.step,
             "epoch": self.step / self.order.steps_per_epoch,
-            "train_loss": float(self.history[self.logged : self.step].mean()),
+            "train_loss": float(losses.mean()) if len(losses) else None,
             "test_accuracy": self._accuracy() if evaluate else None,
-            "seconds": self.seconds,
+            "seconds": self.spent.seconds,
+            "cpu_seconds": self.spent.cpu_seconds,
         }
         if diagnostics is not None:
             row["diagnostics"] = diagnostics
@@ -237,7 +251,9 @@ class _Run:
         with torch.no_grad():
             for start in range(0, len(y), _EVALUATION_BATCH):
                 part = slice(start, start + _EVALUATION_BATCH)
-                right += correct(self.model(x[part]), y[part]).sum()
+                # A differential equation that overflows has no outputs at all.
+                with contextlib.suppress(NonFiniteError):
+                    right += correct(self.model(x[part]), y[part]).sum()
         self.model.train()
         return int(right) / len(y)
 
@@ -250,7 +266,8 @@ class _Run:
         return {
             "step": self.step,
             "logged": self.logged,
-            "seconds": self.seconds,
+            "seconds": self.spent.seconds,
+            "cpu_seconds": self.spent.cpu_seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -273,7 +290,7 @@ class _Run:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
             self.history[: state["step"]] = state["history"]
             self.step, self.logged = state["step"], state["logged"]
-            self.seconds = state["seconds"]
+            self.spent = Stopwatch(state["seconds"], state.get("cpu_seconds", float("nan")))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{self.folder.checkpoint} does not fit this run ({_first_line(error)}); start"
@@ -295,7 +312,7 @@ class _Run:
             train_loss=float("nan") if diverged else float(last_epoch.mean()),
             test_accuracy=self._accuracy() if accuracy is None else accuracy,
             diverged_step=self.diverged,
-            seconds=self.seconds,
+            seconds=self.spent.seconds,
             history=history,
             rows=self.rows,
             diagnostics=last_row.get("diagnostics"),

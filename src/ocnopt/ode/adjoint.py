@@ -71,15 +71,21 @@ class _Adjoint(torch.autograd.Function):
         x0 = tensors[: len(tensors) - len(problem.params)]
         found = solve(problem.field, x0, t, problem.forward, where=problem.where)
         ctx.problem = problem
-        ctx.save_for_backward(t, *found)
+        # The parameters only so that a change of them before the backward pass is noticed.
+        ctx.save_for_backward(t, *found, *problem.params)
+        ctx.count = len(found)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         problem: Problem = ctx.problem
-        t, *states = ctx.saved_tensors
-        count = len(states)
+        count: int = ctx.count
+        t, *states = ctx.saved_tensors[: 1 + count]
+        if not all(bool(torch.isfinite(g).all()) for g in grads):
+            # Passed on, as any layer does: a loss scaler skips such a step, an optimizer names it.
+            inputs = (t, *(s[0] for s in states), *problem.params)
+            return (None, *(torch.full_like(x, torch.nan) for x in inputs))
         listeners = problem.listeners()
         task = torch._C._current_graph_task_id()
         last = tuple(s[-1] for s in states)

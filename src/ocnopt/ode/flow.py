@@ -77,7 +77,12 @@ class ContinuousFlow(nn.Module):
             raise OptionError(f"dim={dim!r}, but it must be a whole number of at least 1")
         self.dim = dim
         self.divergence = divergence
-        self.odes = nn.ModuleList(_Leg(f, t0, t1, rtol=rtol, atol=atol, **solver) for f in fields)
+        self.odes = nn.ModuleList(Leg(f, t0, t1, rtol=rtol, atol=atol, **solver) for f in fields)
+
+    @property
+    def legs(self) -> list[Leg]:
+        """The Neural ODEs, the first next to the data."""
+        return [ode for ode in self.odes if isinstance(ode, Leg)]
 
     @property
     def divergence(self) -> str:
@@ -126,7 +131,7 @@ class ContinuousFlow(nn.Module):
         """
         self._require_points(x)
         z, change = x, x.new_zeros(len(x))
-        for ode in self.odes:
+        for ode in self.legs:
             noise = _signs(z) if self.divergence == "hutchinson" else None
             z, part = ode.to_base(z, noise)
             change = change + part
@@ -146,7 +151,7 @@ class ContinuousFlow(nn.Module):
             SolverError: As in :meth:`log_prob`.
         """
         self._require_points(z)
-        for ode in reversed(self.odes):
+        for ode in reversed(self.legs):
             z = ode(z)
         return z
 
@@ -183,7 +188,7 @@ class ContinuousFlow(nn.Module):
             raise OptionError(f"x: expected floating-point numbers, got {x.dtype}")
 
 
-class _Leg(NeuralODE):
+class Leg(NeuralODE):
     """One field's way; called, it goes from the normal density to the data."""
 
     def to_base(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -197,7 +202,7 @@ class _Leg(NeuralODE):
         times = torch.stack([self.t1, self.t0]).to(x.device, real)
         field = WithDivergence(self.func, noise)
         z, change = self._solve(False, field, (x, x.new_zeros(len(x))), times)
-        return z[-1], change[-1]
+        return z[-1].clone(), change[-1]  # no view: what comes next may work in place
 
 
 def _log_normal(z: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class Listener(Protocol):
         t: Tensor,
         x: Parts,
         a: Parts,
-        duration: float,
+        duration: Any,
     ) -> None:
         """A point of the adjoint.
 
@@ -55,5 +55,6 @@ class Listener(Protocol):
             t: Time.
             x: The state.
             a: The adjoint ``dL/dx(t)``.
-            duration: The time that this point stands for.
+            duration: The time that this point stands for; of every sample (B,) where samples have
+                times of their own, which t then holds.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from ocnopt.ode.adjoint import Problem, adjoint_solve
 from ocnopt.ode.listener import Listener, Parts
 from ocnopt.ode.solve import Method, solve
 from ocnopt.ode.unrolled import unrolled_solve
-from ocnopt.ode.warped import solve_warped
+from ocnopt.ode.warped import Warped, solve_warped
 
 __all__ = ["Evaluations", "NeuralODE"]
 
@@ -136,7 +136,9 @@ class NeuralODE(Solver):
         real = like.dtype if like.dtype == torch.float64 else torch.float32
         if t is None:
             times = torch.stack([self.t0, self.t1]).to(like.device, real)
-            found = tuple(part[-1] for part in self._solve(single, self.func, parts, times))
+            states = self._solve(single, self.func, parts, times)
+            # Not a view, so that what comes next may work in place.
+            found = tuple(part[-1].clone() for part in states)
         else:
             times = torch.as_tensor(t).to(like.device, real)
             _require_times(times, like)
@@ -163,8 +165,9 @@ class NeuralODE(Solver):
         if not torch.is_grad_enabled():
             return solve(forward, x, t, method, where=where)
         if not self.adjoint:
-            listeners = list(self._listeners)
-            return unrolled_solve(forward, sampling, x, t, method, listeners, where)
+            return unrolled_solve(
+                forward, sampling, x, t, method, self._heard(single, field), where
+            )
         problem = Problem(
             forward,
             backward,
@@ -173,7 +176,7 @@ class NeuralODE(Solver):
             method,
             back,
             self.seminorm,
-            lambda: list(self._listeners),
+            partial(self._heard, single, field),
             where,
         )
         return adjoint_solve(problem, x, t)
@@ -188,11 +191,28 @@ class NeuralODE(Solver):
         """Tell it no longer."""
         self._listeners.discard(listener)
 
+    def _heard(self, single: bool, field: nn.Module) -> list[Listener]:
+        """Who is told of a solve of that field."""
+        listeners = list(self._listeners)
+        if not isinstance(field, Warped):
+            return listeners
+        return field.heard_by(listeners, _Counted(self.func, single, self._counts, 2))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listeners": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_listeners": weakref.WeakSet()})  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeuralODE:
+        """Move or cast; times are not rounded to a model's half precision."""
+        before = {name: self._buffers.get(name) for name in ("t0", "t1")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            now = self._buffers.get(name)
+            if kept is not None and now is not None and now.dtype.itemsize < 4:
+                self._buffers[name] = kept.to(now.device)
+        return self
 
     # counts
 

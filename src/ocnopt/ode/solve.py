@@ -88,25 +88,12 @@ def solve(
         OptionError: torchdiffeq refuses the problem.
     """
     odeint = _torchdiffeq()
-    last: list[tuple[Tensor, Tensor]] = []
-
-    class Watched:
-        def __call__(self, t: Tensor, y: Any) -> Any:
-            return func(t, y)
-
-        def callback_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
-            last[:] = [(t, dt)]
-            if on_step is not None and not method.adaptive:
-                on_step(t, y, dt)
-
     options = dict(method.options)
     if method.adaptive:
         # Else the last step goes beyond the end, and what an interpolant says there is the result:
         # an error that no tolerance controls.
         options.setdefault("step_t", t[1:].detach())
-    watched = Watched()
-    if on_step is not None and method.adaptive:
-        watched.callback_accept_step = on_step  # type: ignore[attr-defined]
+    watched = _Watched(func, on_step, method.adaptive)
     try:
         found: State = odeint(
             watched,
@@ -121,11 +108,50 @@ def solve(
         problem = _PROBLEMS.get(str(error).partition(" ")[0])
         if problem is None:
             raise
-        raise SolverError(_message(problem, method, last, where)) from error
+        if not watched.finite:
+            problem = _NOT_FINITE
+        raise SolverError(_message(problem, method, watched, where)) from error
     ends = (found,) if isinstance(found, Tensor) else found
     if not all(bool(torch.isfinite(part).all()) for part in ends):
-        raise SolverError(_message(_NOT_FINITE, method, last, where))
+        raise SolverError(_message(_NOT_FINITE, method, watched, where))
     return found
+
+
+class _Watched:
+    """A field with what torchdiffeq tells of its steps.
+
+    Args:
+        func: The field.
+        on_step: Told of every step that the solver keeps.
+        adaptive: Whether the solver tries steps before it keeps them.
+    """
+
+    def __init__(
+        self, func: Callable[[Tensor, Any], Any], on_step: OnStep | None, adaptive: bool
+    ) -> None:
+        self.func = func
+        self.on_step = None if adaptive else on_step
+        if adaptive and on_step is not None:
+            self.callback_accept_step = on_step
+        self.last: tuple[Tensor, Any, Tensor] | None = None
+
+    def __call__(self, t: Tensor, y: Any) -> Any:
+        return self.func(t, y)
+
+    def callback_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
+        """A step begins."""
+        self.last = t, y, dt
+        if self.on_step is not None:
+            self.on_step(t, y, dt)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the last step began with finite numbers; its length is 0 where it did not."""
+        if self.last is None:
+            return True
+        _, y, dt = self.last
+        parts = (y,) if isinstance(y, Tensor) else y
+        return float(dt) != 0 and all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 _NOT_FINITE = (
@@ -148,11 +174,12 @@ _PROBLEMS = {
 }
 
 
-def _message(
-    problem: tuple[str, str], method: Method, last: list[tuple[Tensor, Tensor]], where: str
-) -> str:
+def _message(problem: tuple[str, str], method: Method, watched: _Watched, where: str) -> str:
     what, advice = problem
-    at = f" at t={float(last[0][0]):.6g} (step {float(last[0][1]):.2g})" if last else ""
+    at = ""
+    if watched.last is not None:
+        t, _, dt = watched.last
+        at = f" at t={float(t):.6g} (step {float(dt):.2g})"
     tolerances = f" with rtol={method.rtol:g}, atol={method.atol:g}" if method.adaptive else ""
     subject = f"{where}: " if where else ""
     return f"{subject}{method.name}{tolerances} {what}{at}. {advice}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ocnopt.control.players import Player
+from ocnopt.curvature.metric import to_float
 from ocnopt.layers.base import Capture
 from ocnopt.ode.listener import Field, Parts
 
@@ -36,6 +37,21 @@ class Moments:
         self.weight = 0.0
         self.points = 0
 
+    def add(self, inputs: Tensor, signals: Tensor, weight: float, points: int = 0) -> None:
+        """Add to every sum."""
+        self.inputs = inputs if self.inputs is None else self.inputs + inputs
+        self.signals = signals if self.signals is None else self.signals + signals
+        self.weight += weight
+        self.points += points
+
+
+class _Pass:
+    """What one backward pass brought: samples, and moments by player."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.moments: dict[Player, Moments] = {}
+
 
 class AdjointStatistics:
     """Follows the adjoints of Neural ODEs and gathers their layers' factors.
@@ -46,7 +62,8 @@ class AdjointStatistics:
 
         A = mean of z z^T,    B = D int E[g g^T] dt,    Q_uu ~ A (x) B
 
-    with g per sample, D the sample step. Solves add up until :meth:`clear`.
+    with g per sample, D the sample step. Solves add up until :meth:`clear`. A backward pass that
+    was asked for other gradients than the layers' counts only where there was no other.
 
     Args:
         players: Layers of the fields.
@@ -63,18 +80,43 @@ class AdjointStatistics:
         self.players = list(players)
         self._step = step
         self._due = due
-        self.moments: dict[Player, Moments] = {}
-        self._rows: dict[int, int] = {}
+        self._passes: dict[int, _Pass] = {}
+        self._counted: set[int] = set()
+        self._task = -1
 
     def clear(self) -> None:
         """Forget what was seen."""
-        self.moments = {}
-        self._rows = {}
+        self._passes = {}
+        self._counted = set()
+
+    def count(self, task: int) -> None:
+        """A layer's gradient was accumulated in that backward pass."""
+        self._counted.add(task)
+
+    @property
+    def _seen(self) -> list[_Pass]:
+        """The passes that count."""
+        counted = [p for task, p in self._passes.items() if task in self._counted]
+        return counted or list(self._passes.values())
 
     @property
     def samples(self) -> int:
         """Samples whose gradients arrived, each counted once per backward pass."""
-        return sum(self._rows.values())
+        return sum(p.rows for p in self._seen)
+
+    @property
+    def moments(self) -> dict[Player, Moments]:
+        """Moments of every layer that was seen."""
+        seen = self._seen
+        if len(seen) == 1:
+            return seen[0].moments
+        total: dict[Player, Moments] = {}
+        for part in seen:
+            for player, m in part.moments.items():
+                assert m.inputs is not None and m.signals is not None
+                found = total.setdefault(player, Moments())
+                found.add(m.inputs, m.signals, m.weight, m.points)
+        return total
 
     # as a listener
 
@@ -85,10 +127,16 @@ class AdjointStatistics:
 
     def arrived(self, task: int, field: Field, end: Tensor, x: Parts, gradient: Parts) -> None:
         """Count the samples."""
+        if task not in self._passes:
+            if all(q.grad is None for player in self.players for q in player.params):
+                self.clear()  # whatever the passes before this one brought was thrown away
+            others = {k: p for k, p in self._passes.items() if k in self._counted}
+            self._passes = {**others, task: _Pass()}
+        self._task = task
         rows = x[0].shape[0] if x[0].dim() else 1
-        self._rows[task] = max(rows, self._rows.get(task, 0))
+        self._passes[task].rows = max(rows, self._passes[task].rows)
 
-    def sample(self, field: Field, t: Tensor, x: Parts, a: Parts, duration: float) -> None:
+    def sample(self, field: Field, t: Tensor, x: Parts, a: Parts, duration: float | Tensor) -> None:
         """Evaluate the field once more and gather every due layer's moments."""
         calls: list[tuple[Player, Capture, GradientEdge]] = []
 
@@ -117,28 +165,34 @@ class AdjointStatistics:
             return
         fs, vs = zip(*pairs, strict=True)
         grads = torch.autograd.grad(fs, [edge for _, _, edge in calls], vs, allow_unused=True)
-        step = self._step()
+        moments = self._passes[self._task].moments
         for (player, capture, _), g in zip(calls, grads, strict=True):
             if g is not None:
-                self._add(player, capture, g.detach(), duration, step)
+                found = moments.setdefault(player, Moments())
+                self._add(found, player, capture, g.detach(), duration)
         for player in due:
-            if player in self.moments:
-                self.moments[player].points += 1
+            if player in moments:
+                moments[player].points += 1
 
     def _add(
-        self, player: Player, capture: Capture, g: Tensor, duration: float, step: float
+        self, found: Moments, player: Player, capture: Capture, g: Tensor, duration: float | Tensor
     ) -> None:
-        layer, dtype = player.layer, player.params[0].dtype
+        layer, dtype = player.layer, to_float(player.params[0].dtype)
         z = layer.features(capture, dtype)
         if g.dim() == 1:  # called on one vector for all samples
             z, g = z.unsqueeze(0), g.unsqueeze(0)
         rows, cols = layer.rows(z), layer.cols(g.to(dtype))
-        found = self.moments.setdefault(player, Moments())
-        inputs = layer.second_moment(rows) * duration
-        signals = layer.second_moment(cols) * (duration * step)
-        found.inputs = inputs if found.inputs is None else found.inputs + inputs
-        found.signals = signals if found.signals is None else found.signals + signals
-        found.weight += duration * rows.shape[0] * rows.shape[1]
+        if isinstance(duration, Tensor) and len(duration) != len(rows):
+            duration = float(duration.mean())  # its rows are no samples
+        if isinstance(duration, Tensor):
+            weight, scale = float(duration.sum()), 1.0
+            root = duration.to(dtype).sqrt().view(-1, 1, 1, 1)
+            rows, cols = rows * root, cols * root
+        else:
+            weight, scale = duration * len(rows), duration
+        inputs = layer.second_moment(rows) * scale
+        signals = layer.second_moment(cols) * (scale * self._step())
+        found.add(inputs, signals, weight * rows.shape[1])
 
     # what came of it
 
@@ -161,6 +215,7 @@ class AdjointStatistics:
         """Inputs, signals and weight of :class:`Moments`; zeros where nothing was seen."""
         found = self.moments.get(player)
         matrix = player.layer.to_matrix(tuple(p.detach() for p in player.params))
+        matrix = matrix.to(to_float(matrix.dtype))
         groups, out, into = matrix.shape
         if found is None or found.inputs is None or found.signals is None:
             inputs, signals = (

@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ocnopt.control.batch import Batch
+from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
+from ocnopt.control.turns import Turn
 from ocnopt.curvature import kronecker
 from ocnopt.errors import OptionError
 from ocnopt.optim.base import Coverage
 from ocnopt.optim.feedback import FeedbackOptimizer
 from ocnopt.optim.mover import ParamMover
-from ocnopt.optim.solved import SolvedLayers
+from ocnopt.optim.solved import SolvedLayers, unscaling
 
 __all__ = ["SNOpt"]
 
@@ -93,6 +96,8 @@ class SNOpt(FeedbackOptimizer):
         )
 
     def _hook(self) -> None:
+        if self._solved is not None:
+            self._solved.remove()
         self._solved = SolvedLayers(self, self.model, self._sample_step, self.reduction)
         if not self._solved.odes:
             raise OptionError(
@@ -104,6 +109,15 @@ class SNOpt(FeedbackOptimizer):
         else:
             self._reasons = dict.fromkeys(self.players, "outside the Neural ODEs")
 
+    def _turns(
+        self, passes: list[Pass], graded: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
+    ) -> tuple[list[Turn], list[Batch]]:
+        """The players outside; no criterion is known that a loss scaler could be seen by."""
+        turns, batches = super()._turns(passes, graded, group_of)
+        for batch in batches if turns else []:
+            batch.lift = batch.lift * unscaling(turns[0].mover.scale)
+        return turns, batches
+
     def _rest(
         self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
     ) -> list[ParamMover]:
@@ -114,9 +128,11 @@ class SNOpt(FeedbackOptimizer):
         return [*movers, *super()._rest([p for p in params if p not in done], group_of)]
 
     def _step(self) -> None:
-        super()._step()
         assert self._solved is not None
-        self._solved.clear()
+        try:
+            super()._step()
+        finally:
+            self._solved.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and forget the passes that made them."""
@@ -139,7 +155,7 @@ class SNOpt(FeedbackOptimizer):
         for row in super().coverage():
             player = owner.get(names[row.parameter])
             if player is not None:
-                reason = self._solved.reasons.get(player, "")
+                reason = self._solved.reason(player)
                 treatment = "first-order" if reason else "adjoint"
                 row = row._replace(kind=player.layer.kind, treatment=treatment, reason=reason)
             rows.append(row)

@@ -23,7 +23,7 @@ from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import processes, sum_over
 from ocnopt.optim.rescaling import measure_scales
 
-__all__ = ["SolvedLayers"]
+__all__ = ["SolvedLayers", "unscaling"]
 
 
 class SolvedLayers:
@@ -44,8 +44,7 @@ class SolvedLayers:
         self.reduction = reduction
         self.players = find_solved(model)
         self.odes = [m for m in model.modules() if isinstance(m, NeuralODE)]
-        #: Why a player takes first-order steps, by player.
-        self.reasons: dict[Player, str] = {}
+        self._reasons: dict[Player, str] = {}
         #: A few entries of every gradient, as autograd accumulated them.
         self.samples: dict[Tensor, Tensor] = {}
         self._count = 1
@@ -82,6 +81,7 @@ class SolvedLayers:
     def commit(self, index: int, param: Tensor) -> None:
         """Autograd accumulated a gradient."""
         self.samples[param] = sample_of(param).clone()
+        self.statistics.count(torch._C._current_graph_task_id())
 
     # when factors are wanted
 
@@ -94,7 +94,7 @@ class SolvedLayers:
         return rule if isinstance(rule, EKFAC) and player.layer.kronecker else None
 
     def _due(self) -> list[Player]:
-        """The players whose factors are renewed by the coming step."""
+        """The players whose factors the coming step renews."""
         owner = self._owner()
         due = []
         for player in self.players if owner is not None else []:
@@ -104,6 +104,17 @@ class SolvedLayers:
             if rule is not None and state.get("step", 0) % rule.update_every == 0:
                 due.append(player)
         return due
+
+    def reason(self, player: Player) -> str:
+        """Why a player takes first-order steps; empty where it does not."""
+        if not player.layer.kronecker:
+            return "no Kronecker factors: M = I"
+        owner = self._owner()
+        if self._rule(player) is None and owner is not None:
+            group = owner._group_of().get(player.params[0])
+            if group is not None:
+                return f"its group's preconditioner is {group['preconditioner']['name']!r}"
+        return self._reasons.get(player, "")
 
     # the step
 
@@ -121,21 +132,20 @@ class SolvedLayers:
             states: Returns copies of the optimizer's state.
         """
         have = set(graded)
-        self.reasons = {}
+        self._reasons = {}
         renewed = self._renewed()
         turns: list[Turn] = []
         movers: list[ParamMover] = []
         for player in self.players:
             rule = self._rule(player)
             if rule is None or not all(p in have for p in player.params):
-                reason = "no Kronecker factors" if not player.layer.kronecker else "no gradient"
-                self.reasons[player] = reason
+                self._reasons[player] = "one of its parameters received no gradient"
                 continue
             groups = [group_of[p] for p in player.params]
             mine = states(player.params)
             known = player in renewed or "U_A" in mine[0]
             if not known:
-                self.reasons[player] = "its Neural ODE was not solved in the last passes"
+                self._reasons[player] = "its Neural ODE was not solved in the last passes"
             mover = ParamMover(
                 list(player.params), groups, mine, rule if known else Identity(), player.layer
             )
@@ -153,7 +163,7 @@ class SolvedLayers:
             if player not in renewed:  # due, but nothing was seen: as before
                 return mover.states[0]["A"], mover.states[0]["B"]
             a, b = renewed[player]
-            return a, b * _unscaling(mover.scale) ** 2
+            return a, b * unscaling(mover.scale) ** 2
 
         mover.observe(factors=factors, samples=self._count)
 
@@ -180,7 +190,7 @@ class SolvedLayers:
         return out
 
 
-def _unscaling(scale: float) -> float:
+def unscaling(scale: float) -> float:
     """The part of a gradient's rescaling that the curvature has to follow.
 
     A loss scaler multiplies by a power of two and takes it back. Whatever else rescales a gradient
@@ -190,7 +200,11 @@ def _unscaling(scale: float) -> float:
         return 1.0
     exponent = math.log2(scale)
     whole = round(exponent)
-    return 2.0**whole if whole and abs(exponent - whole) < 1e-3 else 1.0
+    if abs(exponent - whole) < 1e-3:
+        return 2.0**whole
+    # Both at once cannot be told apart: a clip by less than a half is assumed, and that no clip
+    # alone goes as far.
+    return 2.0 ** math.ceil(exponent) if scale < 2**-8 else 1.0
 
 
 def _step_of(layers: SolvedLayers) -> Callable[[], float]:

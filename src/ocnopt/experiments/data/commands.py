@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ocnopt.experiments.problems import DatasetName
+from ocnopt.experiments.problems import SetName
 
 if TYPE_CHECKING:
     from cyclopts import App
 
-    from ocnopt.experiments.data.sets import DataSet
+    from ocnopt.experiments.data.describe import DataSet
 
 
 def data_app() -> App:
@@ -35,10 +35,10 @@ def list_sets(*, data_root: Path | None = None, json: bool = False) -> None:
         json: Print one JSON object on stdout in place of the table.
     """
     from ocnopt.experiments.data.locate import data_folder
-    from ocnopt.experiments.data.sets import SETS
+    from ocnopt.experiments.data.sets import all_sets
 
     top = data_folder(data_root)
-    facts = [_facts(data_set, data_root) for data_set in SETS.values()]
+    facts = [_facts(data_set, data_root) for data_set in all_sets().values()]
     if json:
         _print_json({"data_root": str(top), "sets": facts})
         return
@@ -46,7 +46,7 @@ def list_sets(*, data_root: Path | None = None, json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("name", no_wrap=True)
     table.add_column("samples", no_wrap=True)
     table.add_column("shape", no_wrap=True)
@@ -58,19 +58,20 @@ def list_sets(*, data_root: Path | None = None, json: bool = False) -> None:
             fact["name"],
             f"{fact['train']:,} + {fact['test']:,}",
             "x".join(map(str, fact["shape"])),
-            str(fact["classes"]),
+            str(fact["classes"] or "-"),
             _megabytes(fact["size"]),
             _there(fact),
         )
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print(
-        f"samples: training + test; size: of the download; folders are looked for in {top}",
+        "\nsamples: training + test, a validation part counted as training; classes: none for a"
+        f" density; size: of the download, if it is known; folders are looked for in {top}",
         soft_wrap=True,
     )
 
 
-def get(*names: DatasetName, data_root: Path | None = None, json: bool = False) -> None:
+def get(*names: SetName, data_root: Path | None = None, json: bool = False) -> None:
     """Download data sets; what is there already is left as it is.
 
     Args:
@@ -79,17 +80,18 @@ def get(*names: DatasetName, data_root: Path | None = None, json: bool = False) 
         json: Print one JSON object on stdout in place of the lines.
     """
     from ocnopt.experiments.data.fetch import fetch
-    from ocnopt.experiments.data.sets import SETS
+    from ocnopt.experiments.data.sets import all_sets
     from ocnopt.experiments.data.terminal import DownloadProgress
     from ocnopt.experiments.errors import InputError
 
+    known = all_sets()
     if not names:
-        raise InputError(f"say which data sets to get: {', '.join(SETS)}")
+        raise InputError(f"say which data sets to get: {', '.join(known)}")
     done: list[dict[str, Any]] = []
     with DownloadProgress() as progress:
         for name in names:
-            fetched = fetch(SETS[name], data_root, progress.watch)
-            done.append({**_facts(SETS[name], data_root), "fetched": fetched})
+            fetched = fetch(known[name], data_root, progress.watch)
+            done.append({**_facts(known[name], data_root), "fetched": fetched})
     if json:
         _print_json({"sets": done})
         return
@@ -101,7 +103,7 @@ def get(*names: DatasetName, data_root: Path | None = None, json: bool = False) 
             sys.stdout.write(f"{fact['name']}: {what} {fact['folder']}\n")
 
 
-def where(name: DatasetName, /, *, data_root: Path | None = None, json: bool = False) -> None:
+def where(name: SetName, /, *, data_root: Path | None = None, json: bool = False) -> None:
     """Print the folder of a data set; code 2 if it is not there.
 
     Args:
@@ -110,9 +112,9 @@ def where(name: DatasetName, /, *, data_root: Path | None = None, json: bool = F
         json: Print one JSON object on stdout, with the paths of the files.
     """
     from ocnopt.experiments.data.locate import find_files
-    from ocnopt.experiments.data.sets import SETS
+    from ocnopt.experiments.data.sets import all_sets
 
-    data_set = SETS[name]
+    data_set = all_sets()[name]
     files = find_files(data_set, data_root) if data_set.origin == "files" else []
     fact = _facts(data_set, data_root)
     if json:
@@ -151,7 +153,7 @@ def _can_be_made(data_set: DataSet) -> bool:
 def _there(fact: dict[str, Any]) -> str:
     if not fact["present"]:
         return "no" if fact["origin"] == "files" else f"no: install {fact['origin']}"
-    return fact["origin"] if fact["folder"] is None else f"{Path(fact['folder']).name}/"
+    return "yes"
 
 
 def _megabytes(size: int | None) -> str:

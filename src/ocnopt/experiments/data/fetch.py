@@ -12,8 +12,14 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import Any, Protocol
 
-from ocnopt.experiments.data.locate import DATA_VARIABLE, data_folder, find_file, missing_files
-from ocnopt.experiments.data.sets import DataSet, Download
+from ocnopt.experiments.data.describe import DataSet, Download
+from ocnopt.experiments.data.locate import (
+    DATA_VARIABLE,
+    data_folder,
+    find_file,
+    find_files,
+    missing_files,
+)
 from ocnopt.experiments.data.unpack import unpack
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.files import write_atomically
@@ -45,8 +51,9 @@ Watch = Callable[[Download], Bar]
 def fetch(data_set: DataSet, root: Path | None = None, watch: Watch | None = None) -> bool:
     """Download what a data set lacks.
 
-    Every file is checked before it gets its name. One that is there is left as it is, except that a
-    set that comes in an archive is put in place as a whole: no two copies of it may mix.
+    Every file is checked before it gets its name: against its checksum, or by what it holds where
+    there is none. One that is there is left as it is, except that a set that comes in an archive is
+    put in place as a whole: no two copies of it may mix.
 
     Args:
         data_set: The set.
@@ -59,10 +66,12 @@ def fetch(data_set: DataSet, root: Path | None = None, watch: Watch | None = Non
     Raises:
         InputError: If no mirror gave a file (it names them all, each with its reason, and says
             where to put the file by hand), an archive does not hold what it should, the folder
-            cannot be written to, or pooch is not installed.
+            cannot be written to, pooch is not installed, or the set is one that has to be brought.
     """
     if not missing_files(data_set, root):
         return False
+    if not data_set.downloads:
+        find_files(data_set, root)  # says what to do
     top = data_folder(root)
     try:
         top.mkdir(parents=True, exist_ok=True)
@@ -95,6 +104,8 @@ def _fetch_into(data_set: DataSet, top: Path, work: Path, watch: Watch | None) -
 
 
 def _check(path: Path, download: Download) -> None:
+    if download.checksum is None:
+        return
     pooch = _pooch()
     kind, expected = download.checksum.split(":")
     found = pooch.file_hash(str(path), alg=kind)
@@ -139,9 +150,10 @@ def _download(download: Download, target: Path, work: Path, watch: Watch | None)
                 reasons[url] = "what it gives does not match the checksum"
                 mirrors.remove(url)
     tried = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
+    which = f" with {download.checksum.replace(':', ' ')}" if download.checksum else ""
     raise InputError(
-        f"{download.name} could not be fetched ({tried}); put a copy with"
-        f" {download.checksum.replace(':', ' ')} at {target} and run the command again"
+        f"{download.name} could not be fetched ({tried}); put a copy{which} at {target} and run the"
+        " command again"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ocnopt.experiments.data.sets import DataSet
+from ocnopt.experiments.data.describe import DataSet
 from ocnopt.experiments.errors import InputError
 
 DATA_VARIABLE = "OCNOPT_DATA"
@@ -76,8 +76,9 @@ def find_files(data_set: DataSet, root: Path | None = None) -> list[Path]:
         command = f"ocnopt data get {data_set.name}"
         if root is not None:
             command += f" --data-root {top}"
+        how = f"get it with '{command}'" if data_set.downloads else data_set.by_hand
         raise InputError(
-            f"{data_set.name} is not there (no {where}); get it with '{command}', or say with"
-            f" --data-root FOLDER or {DATA_VARIABLE} which folder holds {data_set.folder}/"
+            f"{data_set.name} is not there (no {where}); {how}, or say with --data-root FOLDER or"
+            f" {DATA_VARIABLE} which folder holds {data_set.folder}/"
         )
     return [path for name in data_set.files if (path := find_file(folder, name)) is not None]

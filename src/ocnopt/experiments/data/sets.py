@@ -3,72 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
+from ocnopt.experiments.data.density_sets import DENSITIES
+from ocnopt.experiments.data.describe import DataSet, Download
+from ocnopt.experiments.data.series_sets import SERIES
 from ocnopt.experiments.problems import DatasetName
 
-Origin = Literal["files", "scikit-learn", "generated"]
-
-
-@dataclass(frozen=True)
-class Download:
-    """A file as its publisher gives it out.
-
-    Attributes:
-        name: Name of the file.
-        urls: Where it can be had, tried in this order.
-        checksum: What its bytes must come to, as `md5:...`.
-        size: Its bytes, as far as they are known.
-    """
-
-    name: str
-    urls: tuple[str, ...]
-    checksum: str
-    size: int | None = None
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set and where it comes from.
-
-    Attributes:
-        name: Its name on the command line.
-        title: What it shows, in a few words.
-        train: Number of training samples.
-        test: Number of test samples.
-        shape: Shape of one input.
-        classes: Number of classes.
-        layout: How it is laid out, in a line.
-        licence: What its publishers say of its use.
-        citation: Whom to cite.
-        origin: `files`, or what it is made by without any.
-        folder: Folder of its files under the data folder.
-        files: Files that have to be there, in the order in which they are read.
-        downloads: What they are made from: the files themselves, or one archive.
-    """
-
-    name: DatasetName
-    title: str
-    train: int
-    test: int
-    shape: tuple[int, ...]
-    classes: int
-    layout: str
-    licence: str
-    citation: str
-    origin: Origin = "files"
-    folder: str = ""
-    files: tuple[str, ...] = ()
-    downloads: tuple[Download, ...] = ()
-
-    @property
-    def size(self) -> int | None:
-        """Bytes to download; None if there are none or they are not known."""
-        sizes = [download.size for download in self.downloads]
-        known = [size for size in sizes if size is not None]
-        return sum(known) if known and len(known) == len(sizes) else None
-
+__all__ = ["DENSITIES", "IDX_FILES", "SERIES", "SETS", "DataSet", "Download", "all_sets"]
 
 IDX_FILES = (
     "train-images-idx3-ubyte.gz",
@@ -231,7 +172,19 @@ _SVHN = DataSet(
     ),
 )
 
+#: Sets to train a classifier on.
 SETS: Mapping[DatasetName, DataSet] = {
-    data_set.name: data_set
-    for data_set in (_DIGITS, _WINE, _CLUSTERS, _MNIST, _FASHION_MNIST, _CIFAR_10, _SVHN)
+    "digits": _DIGITS,
+    "wine": _WINE,
+    "clusters": _CLUSTERS,
+    "mnist": _MNIST,
+    "fashion-mnist": _FASHION_MNIST,
+    "cifar-10": _CIFAR_10,
+    "svhn": _SVHN,
+    **SERIES,
 }
+
+
+def all_sets() -> dict[str, DataSet]:
+    """Return every set that has a name, those without classes last."""
+    return {facts.name: facts for facts in (*SETS.values(), *DENSITIES.values())}

@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ocnopt.experiments.data.sets import Download
+from ocnopt.experiments.data.describe import Download
 
 
 class DownloadProgress:

@@ -15,11 +15,12 @@ from matplotlib.lines import Line2D
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.files import write_atomically
 
-__all__ = ["MOST", "Course", "Sweep", "Training", "save_sensitivity", "save_training"]
+__all__ = ["MOST", "STYLES", "Course", "Sweep", "Training", "save_sensitivity", "save_training"]
 
+#: Colour, dashes and marker of each method.
 # Colours told apart by colour-blind readers (Okabe and Ito, with grey for their yellow, which
 # vanishes on white); dashes and markers that tell the lines apart in print without colour.
-_STYLES: tuple[tuple[str, str | tuple[int, tuple[float, ...]], str], ...] = (
+STYLES: tuple[tuple[str, str | tuple[int, tuple[float, ...]], str], ...] = (
     ("#009e73", "-", "o"),
     ("#0072b2", "--", "s"),
     ("#d55e00", "-.", "^"),
@@ -30,7 +31,7 @@ _STYLES: tuple[tuple[str, str | tuple[int, tuple[float, ...]], str], ...] = (
     ("#999999", (0, (1, 3)), "<"),
 )
 #: As many methods can be told apart.
-MOST = len(_STYLES)
+MOST = len(STYLES)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def save_sensitivity(path: Path, title: str, methods: Sequence[Sweep]) -> None:
     one, other = figure.subfigures(1, 2, squeeze=False)[0]
     top, below = one.subplots(2, 1, height_ratios=(3.3, strip), sharex=True)
     right, corner = other.subplots(2, 1, height_ratios=(3.3, strip))
-    for sweep, (colour, dashes, marker) in zip(methods, _STYLES, strict=False):
+    for sweep, (colour, dashes, marker) in zip(methods, STYLES, strict=False):
         for ax, values in ((top, sweep.accuracy), (right, sweep.loss)):
             _draw_band(ax, sweep.learning_rates, values, colour)
             means = [_mean(seeds) for seeds in values]
@@ -129,7 +130,7 @@ def save_sensitivity(path: Path, title: str, methods: Sequence[Sweep]) -> None:
     corner.legend(
         handles=[
             Line2D([], [], color=c, ls=d, lw=1.6, marker=m, ms=4, label=sweep.name)
-            for sweep, (c, d, m) in zip(methods, _STYLES, strict=False)
+            for sweep, (c, d, m) in zip(methods, STYLES, strict=False)
         ],
         loc="center left",
         frameon=False,
@@ -198,7 +199,7 @@ def _draw_band(
 
 def _draw_strip(ax: Axes, methods: Sequence[Sweep]) -> None:
     """Workable ranges and failures, a row per method."""
-    for row, (sweep, style) in enumerate(zip(methods, _STYLES, strict=False)):
+    for row, (sweep, style) in enumerate(zip(methods, STYLES, strict=False)):
         if sweep.workable is not None:
             low, high = sweep.workable
             ax.plot([low, high], [row, row], color=style[0], lw=6, solid_capstyle="butt", alpha=0.8)
@@ -222,7 +223,7 @@ def _draw_strip(ax: Axes, methods: Sequence[Sweep]) -> None:
 
 
 def _draw_course(ax: Axes, course: Course, runs: Sequence[Sequence[float]], number: int) -> None:
-    colour, dashes, _ = _STYLES[number]
+    colour, dashes, _ = STYLES[number]
     means, low, high = [], [], []
     for i in range(len(course.iterations)):
         seen = _finite([run[i] for run in runs if i < len(run)])

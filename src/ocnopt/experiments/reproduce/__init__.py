@@ -62,4 +62,19 @@ EXPERIMENTS: dict[str, Experiment] = {
     "inception": Experiment(
         f"{_HERE}.dgnopt_grid", "inception", "layers as players: a branching network (DIGITS)"
     ),
+    "ode-series": Experiment(
+        f"{_HERE}.ode_series", "words", "SNOpt against the clock: a GRU-ODE on spoken words"
+    ),
+    "ode-characters": Experiment(
+        f"{_HERE}.ode_series", "characters", "as ode-series, on handwritten characters"
+    ),
+    "ode-image": Experiment(
+        f"{_HERE}.ode_image", "run", "SNOpt against the clock: Neural ODEs on MNIST and CIFAR-10"
+    ),
+    "ode-flow": Experiment(
+        f"{_HERE}.ode_flow", "run", "SNOpt against the clock: continuous flows in the plane"
+    ),
+    "ode-time": Experiment(
+        f"{_HERE}.ode_time", "run", "the integration time of a Neural ODE, trained as well"
+    ),
 }
