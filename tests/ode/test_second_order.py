@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 from ocnopt.errors import OptionError, SolverError
 from ocnopt.experiments.peak_memory import PeakMemory
-from ocnopt.ode import second_order as dense
+from ocnopt.ode import dense_adjoint as dense
 from ocnopt.ode.dense_adjoint import SecondOrder, second_order
 from ocnopt.ode.low_rank_adjoint import (
     gradient_column,
