@@ -52,6 +52,7 @@ benchmarks: $(STAMP) ## measure defaults, robustness, damping and cost anew (hal
 	$(BIN)/python benchmarks/damping.py
 	$(BIN)/python benchmarks/step_cost.py --page docs/results/cost.md
 	$(BIN)/python benchmarks/game_cost.py --page docs/results/game-cost.md
+	$(BIN)/python benchmarks/ode_cost.py --page docs/results/ode-cost.md
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

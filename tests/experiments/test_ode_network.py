@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import warnings
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -19,11 +18,10 @@ from ocnopt.experiments.grid import run_grid
 from ocnopt.experiments.outcome import Outcome
 from ocnopt.experiments.problems import Solver
 from ocnopt.experiments.recipes import RECIPES
-from ocnopt.experiments.reproduce import EXPERIMENTS, ode_image, runner
+from ocnopt.experiments.reproduce import ode_image, runner
 from ocnopt.experiments.reproduce.report import Settings
 from ocnopt.experiments.setup import build_network, load_data
 from ocnopt.experiments.training import train
-from ocnopt.experiments.watcher import Watcher
 from ocnopt.ode import NeuralODE, adjoint, neural_ode
 from ocnopt.ode.solve import METHODS
 
@@ -236,28 +234,37 @@ def test_a_field_that_is_too_steep_is_given_up():
 # The races
 
 
-def test_races_are_tuned_alike_about_the_papers_rates():
-    for name, race in ode_image.RACES.items():
-        adam, sgd, snopt = race.contenders
-        assert adam.candidates == sgd.candidates == snopt.candidates == 6
-        assert [c.label for c in race.contenders] == ["Adam", "SGD", "SNOpt"]
-        papers = {"Adam": 1e-3, "SGD": {"mnist": 0.02, "cifar-10": 0.01}[name]}
-        for contender in (adam, sgd):
-            assert contender.lrs[0] < papers[contender.label] < contender.lrs[-1]
-        assert sgd.options == {"momentum": 0.9}
-        assert snopt.options["precondition_all"] is True and snopt.also["momentum"] == (0.0, 0.9)
-        assert race.seeds >= 3
-        tuning, final = race.tuning, race.final
-        assert (tuning.dataset, tuning.network, tuning.channels) == (name, "ode-cnn", 15)
-        assert (tuning.epochs, tuning.steps) == (None, race.tuning_steps)
-        assert tuning.steps < final.steps and final.epochs is None
-        assert (tuning.validation, final.validation) == (race.validation, 0.0)
+@pytest.mark.parametrize(
+    ("race", "dataset", "sgd"),
+    [(ode_image.CIFAR, "cifar-10", 0.01), (ode_image.MNIST, "mnist", 0.02)],
+    ids=["cifar-10", "mnist"],
+)
+def test_races_are_tuned_alike_about_the_released_rates(race, dataset, sgd):
+    contenders = {c.label: c for c in race.contenders}
+    assert list(contenders) == ["Adam", "SGD", "SNOpt"] and race.seeds >= 3
+    assert {c.candidates for c in race.contenders} == {6}
+    for label, rate in (("Adam", 1e-3), ("SGD", sgd)):
+        lrs = contenders[label].lrs
+        assert rate in lrs and lrs[0] < rate < lrs[-1]
+    assert contenders["SGD"].options == {"momentum": 0.9}
+    assert contenders["SNOpt"].options == {
+        **{"damping": 0.05, "update_every": 100, "sample_step": 0.01},
+        "precondition_all": True,
+    }
+    assert contenders["SNOpt"].also == {"momentum": (0.0, 0.9)}
+    assert {0.01, 0.02} < set(contenders["SNOpt"].lrs)
+    tuning, final = race.tuning, race.final
+    assert (tuning.dataset, tuning.network, tuning.channels) == (dataset, "ode-cnn", 15)
+    assert (tuning.epochs, tuning.steps) == (None, race.tuning_steps)
+    assert final.epochs is None and tuning.steps < final.steps
+    assert (tuning.validation, final.validation) == (0.05, 0.0)
 
 
 def test_the_paper_is_quoted():
-    paper = ode_image.RACES["cifar-10"].paper
+    paper = ode_image.CIFAR.paper
     assert paper.accuracy == {"Adam": 77.3, "SGD": 76.4, "SNOpt": 79.1}
     assert paper.seconds[75]["SNOpt"] / paper.seconds[75]["Adam"] == pytest.approx(0.37, abs=0.01)
+    assert ode_image.MNIST.paper is None
 
 
 def invented(config):
@@ -275,66 +282,27 @@ def invented(config):
     )
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The runs that would be made."""
-    configs = []
+@pytest.mark.parametrize("name", ["ode-image", "ode-mnist"])
+def test_the_small_version_needs_no_files(monkeypatch, tmp_path, name):
+    asked = []
 
-    def run_grid(wanted, **_):
-        configs.extend(wanted)
-        return [invented(config) for config in wanted]
+    def run_grid(configs, **_):
+        asked.extend(configs)
+        return [invented(config) for config in configs]
 
     monkeypatch.setattr("ocnopt.experiments.race.run.run_grid", run_grid)
     monkeypatch.setattr("ocnopt.experiments.race.tune.run_grid", run_grid)
-    return configs
-
-
-def test_two_races_make_one_page(asked, monkeypatch, tmp_path):
-    quick = ode_image.QUICK["digits"]
-    paper = ode_image.RACES["cifar-10"].paper
-    races = {"mnist": quick, "cifar-10": replace(quick, title="OTHER", paper=paper)}
-    monkeypatch.setattr(ode_image, "QUICK", races)
-
-    class Counted(Watcher):
-        total = 0
-
-        def start(self, total):
-            self.total += total
-
-    watcher = Counted()
-    settings = Settings("ode-image", tmp_path, quick=True, seeds=2)
-    report = runner.reproduce(settings, watcher)
-    assert watcher.total == len(asked) == 2 * (6 + 6)
+    report = runner.reproduce(Settings(name, tmp_path, data_root=tmp_path, quick=True))
     assert {(c.steps, c.validation) for c in asked} == {(22, 0.1), (44, 0.0)}
-    assert [row[0] for row in report.table] == [
-        f"{title}, {label}" for title in ("DIGITS", "OTHER") for label in ("Adam", "SGD", "SNOpt")
-    ]
-    page = (tmp_path / "ode-image.md").read_text()
-    headings = [line for line in page.splitlines() if line.startswith("#")]
-    assert headings[0] == "# Neural ODEs on images"
-    assert [h for h in headings if h.startswith("## ")] == ["## DIGITS", "## OTHER"]
-    assert headings.count("### Tuning") == 2
-    assert page.count("Written by `ocnopt reproduce ode-image --quick --seeds 2`.") == 2
-    for picture in ("ode-image.png", "ode-imageb.png"):
-        assert page.count(f"({picture})") == 1
-        assert (tmp_path / picture).stat().st_size > 10_000
-    assert "(77.3)" in page and "relative to Adam" in page
-    assert {row["dataset"] for row in report.rows} == {"mnist", "cifar-10"}
-    assert report.sentence.startswith("DIGITS: ") and " OTHER: " in report.sentence
+    assert len(asked) == 3 * (2 + 2)
+    assert [row[0] for row in report.table] == ["Adam", "SGD", "SNOpt"]
+    page = (tmp_path / f"{name}.md").read_text()
+    assert f"`ocnopt reproduce {name} --quick`" in page and "(22 steps, seed 1000)" in page
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_what_is_not_there_is_left_out(asked, monkeypatch, tmp_path):
-    there = {"cifar-10"}
-    missing = lambda data_set, root: [] if data_set.name in there else ["a file"]  # noqa: E731
-    monkeypatch.setattr(ode_image, "missing_files", missing)
-    assert list(ode_image._present(Settings("ode-image", tmp_path))) == ["cifar-10"]
-    there.clear()
-    with pytest.raises(InputError, match="neither mnist nor cifar-10 is there; see 'ocnopt data"):
-        runner.reproduce(Settings("ode-image", tmp_path))
-    assert not asked
-
-
-def test_it_can_be_asked_for():
-    experiment = EXPERIMENTS["ode-image"]
-    assert experiment.module == ode_image.__name__ and experiment.function == "run"
-    assert "SNOpt" in experiment.shows
+@pytest.mark.parametrize("name", ["ode-image", "ode-mnist"])
+def test_without_files_it_says_which(tmp_path, name):
+    what = {"ode-image": "cifar-10", "ode-mnist": "mnist"}[name]
+    with pytest.raises(InputError, match=f"{what}.*ocnopt data"):
+        runner.reproduce(Settings(name, tmp_path, data_root=tmp_path))

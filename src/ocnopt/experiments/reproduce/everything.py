@@ -63,7 +63,8 @@ def index_page(seen: dict[str, str], failed: dict[str, str]) -> str:
             "Liu, Chen and Theodorou, *DDPNOpt: Differential Dynamic Programming Neural "
             "Optimizer*, ICLR 2021: every page has the paper's figure beside ours. The pages on "
             "residual and branching networks go with their *Dynamic Game Theoretic Neural "
-            "Optimizer*, ICML 2021, and are ours alone.",
+            "Optimizer*, ICML 2021, and are ours alone; those on Neural ODEs with their "
+            "*Second-order Neural ODE Optimizer*, NeurIPS 2021.",
             "",
             markdown_table(["", "what", "seen"], rows),
             "",

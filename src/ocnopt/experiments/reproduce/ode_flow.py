@@ -13,9 +13,10 @@ from ocnopt.experiments.data.densities import PlaneName
 from ocnopt.experiments.figures.density import Course, Panel, save_densities
 from ocnopt.experiments.flows.contest import Contest, Method, hold, series
 from ocnopt.experiments.flows.network import PLANE
-from ocnopt.experiments.flows.page import markdown_page, sentence, short_table
+from ocnopt.experiments.flows.page import markdown_page, short_table
 from ocnopt.experiments.flows.run import FlowRun
 from ocnopt.experiments.flows.training import SIDE, SIZES, load
+from ocnopt.experiments.flows.words import sentence
 from ocnopt.experiments.machine import machine
 from ocnopt.experiments.reproduce.report import Report, Settings, Watcher
 
