@@ -151,8 +151,6 @@ def _split(model: nn.Module, inside: bool) -> tuple[list[Player], list[Unowned]]
             reason = f"{time_first[id(module)]!r} has batch_first=False: dimension 0 is time"
         else:
             reason = kind.refuse(module)
-        if reason is None and (id(module) in solved) != inside:
-            reason = f"NeuralODE {solved.get(id(module))!r} solves it; see SNOpt"
         prefix = f"{name}." if name else ""
         for key in list(own):
             others = [o for o in owners[id(own[key])] if o != prefix + key]
@@ -161,6 +159,8 @@ def _split(model: nn.Module, inside: bool) -> tuple[list[Player], list[Unowned]]
                 why = f"shared with {', '.join(others)}"
             if why is None and key not in ("weight", "bias"):
                 why = f"not a weight or bias of {type(module).__name__}"
+            if why is None and (id(module) in solved) != inside:
+                why = f"NeuralODE {solved.get(id(module))!r} solves it; see SNOpt"
             if why is not None:
                 param = own.pop(key)
                 unowned.append(Unowned(prefix + key, name, param, type(module).__name__, why))

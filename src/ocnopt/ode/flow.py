@@ -43,7 +43,7 @@ class ContinuousFlow(nn.Module):
             an exact evaluation of what was trained by estimates.
         t0: Time of the normal density.
         t1: Time of the data.
-        rtol: Relative tolerance of a solver's step. Near ``1e-6`` float32 is at its end.
+        rtol: Relative tolerance of a solver's step; float32 goes no further than about 1e-6.
         atol: Absolute tolerance.
         **solver: Further options of :class:`NeuralODE`: ``method``, ``adjoint``, ``options``,
             ``adjoint_rtol``, ``adjoint_atol``, ``seminorm``.

@@ -24,6 +24,9 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 #: ... and on a given grid.
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
 METHODS = (*ADAPTIVE, *FIXED)
+#: Steps of an adaptive solver from one time to the next, where ``options`` has no
+#: ``max_num_steps``: a field that jumps is an error and not a program that never ends.
+MAX_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def solve(
         # Else the last step goes beyond the end, and what an interpolant says there is the result:
         # an error that no tolerance controls.
         options.setdefault("step_t", t[1:].detach())
+        options.setdefault("max_num_steps", MAX_STEPS)
     watched = _Watched(func, on_step, method.adaptive)
     try:
         found: State = odeint(
@@ -151,7 +155,7 @@ class _Watched:
             return True
         _, y, dt = self.last
         parts = (y,) if isinstance(y, Tensor) else y
-        return float(dt) != 0 and all(bool(torch.isfinite(part).all()) for part in parts)
+        return float(dt.detach()) != 0 and all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 _NOT_FINITE = (
@@ -178,7 +182,7 @@ def _message(problem: tuple[str, str], method: Method, watched: _Watched, where:
     what, advice = problem
     at = ""
     if watched.last is not None:
-        t, _, dt = watched.last
+        t, dt = watched.last[0].detach(), watched.last[2].detach()
         at = f" at t={float(t):.6g} (step {float(dt):.2g})"
     tolerances = f" with rtol={method.rtol:g}, atol={method.atol:g}" if method.adaptive else ""
     subject = f"{where}: " if where else ""

@@ -96,8 +96,6 @@ class SNOpt(FeedbackOptimizer):
         )
 
     def _hook(self) -> None:
-        if self._solved is not None:
-            self._solved.remove()
         self._solved = SolvedLayers(self, self.model, self._sample_step, self.reduction)
         if not self._solved.odes:
             raise OptionError(
