@@ -3,6 +3,7 @@ import gzip
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,3 +46,17 @@ def no_data_variable(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("OCNOPT_DATA", raising=False)
     monkeypatch.setattr("pooch.os_cache", lambda project: cache / project)
     return cache / "ocnopt"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    seen = []
+    save = Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        seen.append(self)
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen

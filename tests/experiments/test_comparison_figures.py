@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from ocnopt.experiments.errors import InputError
@@ -19,20 +18,6 @@ from ocnopt.experiments.figures.sensitivity import (
 )
 
 NAN = math.nan
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    seen = []
-    save = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        seen.append(self)
-        return save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return seen
 
 
 def differences(loss=((-0.2, 0.1), (0.05, NAN)), accuracy=((-2.0, 1.0), (0.4, NAN)), notes=None):

@@ -49,7 +49,7 @@ def test_widths():
         ({"dataset": "cifar"}, "digits, wine.*or give your own as module:function"),
         (
             {"network": "rnn"},
-            "fcn, cnn, residual-fcn, residual-cnn, inception, ode-cnn, .*or give your own as module:fu",
+            "fcn, cnn, residual-fcn, .*ode-cnn, gru-ode.*or give your own as module:function",
         ),
         ({"optimizer": "lion"}, "ddpnopt, dgnopt, kfac.*or give your own as package.module:Class"),
         ({"activation": "gelu"}, "tanh, relu, sigmoid$"),

@@ -25,9 +25,10 @@ from ocnopt.experiments.flows import (
     train_flow,
 )
 from ocnopt.experiments.flows.contest import Contest, Entry, Method, hold
-from ocnopt.experiments.flows.page import sentence, short_table
+from ocnopt.experiments.flows.page import short_table
 from ocnopt.experiments.flows.training import SIDE, SIZES, mesh
 from ocnopt.experiments.flows.unseen import unseen
+from ocnopt.experiments.flows.words import remarks, sentence
 from ocnopt.experiments.reproduce import ode_flow, runner
 from ocnopt.experiments.reproduce.report import Settings
 from ocnopt.experiments.tuning import TUNING_SEED
@@ -293,6 +294,19 @@ def test_words_follow_from_the_numbers():
     assert len(columns) == len(rows[0]) == 5
     assert rows[1][3] == "0.510 ± 0.010"
     assert [row[4] for row in rows] == ["20 (1.00x)", "10 (0.50x)", "never on 3 of 3"]
+
+
+def test_remarks_name_edges_divergence_and_other_work():
+    adam = entry("Adam", 0.2, result([5, 3, 2]))
+    edge = entry("SNOpt", 0.3, result([5, 3, 2]), result([5, 3], 17))
+    none = entry("SGD", None)
+    lines = remarks([of(adam, edge, none)])
+    assert len(lines) == 5 and lines[-1] == ""
+    assert "SNOpt: its learning rate, 0.3, is at the end of those that were tried" in lines[0]
+    assert "SNOpt: 1 of 2 final runs diverged, at step 17" in lines[1]
+    assert "SGD: every candidate diverged" in lines[2]
+    assert "went on for 2.00 times the CPU seconds" in lines[3]
+    assert "SGD did not start" in sentence([of(adam, edge, none, margins=(0.03,))])
 
 
 @pytest.fixture

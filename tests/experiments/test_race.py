@@ -9,7 +9,6 @@ from statistics import fmean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from ocnopt.experiments import grid
@@ -462,20 +461,6 @@ def test_candidates_share_seeds_data_and_length(monkeypatch):
 
 
 # Picture
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    seen = []
-    save = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        seen.append(self)
-        return save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return seen
 
 
 def lane(name="adam", accuracy=((10.0, 60.0, 90.0), (10.0, 80.0))):

@@ -1,17 +1,13 @@
 """Two processes with half a batch each take SNOpt's step of one with the whole batch."""
 
-import datetime
-import os
-import pickle
-import socket
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from ode.blocks import batch, classifier
 from torch import nn
+from two_processes import results_of, work
 
 import ocnopt
 
@@ -77,46 +73,14 @@ def bad_rank(rank):
     return False
 
 
-def work(rank, world, port, path):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
-    results = {}
-    for case in [*CASES, "bad"]:
-        try:
-            results[case] = bad_rank(rank) if case == "bad" else train(case, rank, world)
-        except Exception as error:  # each case reports for itself
-            results[case] = repr(error)
-        with open(f"{path}.{rank}", "wb") as file:
-            pickle.dump(results, file)
-    dist.barrier()
-    dist.destroy_process_group()
+def cases(rank, world=2):
+    found = {case: partial(train, case, rank, world) for case in CASES}
+    return {**found, "bad": partial(bad_rank, rank)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What two processes of this very file found."""
-    path = str(tmp_path_factory.mktemp("parallel") / "result")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(port), path], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    found = []
-    for rank in range(2):
-        with open(f"{path}.{rank}", "rb") as file:
-            found.append(pickle.load(file))
-    return found, codes
+    return results_of(__file__, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,4 +103,5 @@ def test_one_bad_process_stops_all(results):
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), 2, int(sys.argv[2]), sys.argv[3])
+    own = int(sys.argv[1])
+    work(cases(own), sys.argv[3], own, int(sys.argv[2]))

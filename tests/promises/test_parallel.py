@@ -1,18 +1,14 @@
 """Two processes with half a batch each take the step of one with the whole batch."""
 
 import copy
-import datetime
-import os
-import pickle
-import socket
-import subprocess
 import sys
+from functools import partial
 
 import games
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
+from two_processes import results_of, work
 
 import ocnopt
 
@@ -140,53 +136,16 @@ def accumulated(rank, world):
     return {n: p.detach().numpy() for n, p in model.named_parameters()}, share
 
 
-def work(rank, world, port, path):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
-    results = {}
-    for case in [*CASES, "clipped", "accumulated", "bad"]:
-        try:
-            if case == "bad":
-                results[case] = bad_rank(rank)
-            elif case == "clipped":
-                results[case] = train(CASES[0], rank, world, clip=0.1)
-            elif case == "accumulated":
-                results[case] = accumulated(rank, world)
-            else:
-                results[case] = train(case, rank, world)
-        except Exception as error:  # each case reports for itself
-            results[case] = repr(error)
-        with open(f"{path}.{rank}", "wb") as file:
-            pickle.dump(results, file)
-    dist.barrier()
-    dist.destroy_process_group()
+def cases(rank, world=2):
+    found = {case: partial(train, case, rank, world) for case in CASES}
+    found["clipped"] = partial(train, CASES[0], rank, world, clip=0.1)
+    found["accumulated"] = partial(accumulated, rank, world)
+    return {**found, "bad": partial(bad_rank, rank)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What two processes of this very file found."""
-    path = str(tmp_path_factory.mktemp("parallel") / "result")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(port), path], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    found = []
-    for rank in range(2):
-        with open(f"{path}.{rank}", "rb") as file:
-            found.append(pickle.load(file))
-    return found, codes
+    return results_of(__file__, tmp_path_factory)
 
 
 def compare(results, key, case, clip=None):
@@ -223,4 +182,5 @@ def test_one_bad_process_stops_all(results):
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), 2, int(sys.argv[2]), sys.argv[3])
+    own = int(sys.argv[1])
+    work(cases(own), sys.argv[3], own, int(sys.argv[2]))
