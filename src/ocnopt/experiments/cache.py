@@ -29,7 +29,7 @@ _WITHOUT_EFFECT = (
 #: Parts of the package that runs compute with.
 _COMPUTING = (
     *("control", "curvature", "layers", "losses", "ode", "optim"),
-    *("experiments/data", "experiments/networks"),
+    *("experiments/data", "experiments/flows", "experiments/networks"),
 )
 _COMPUTING_FILES = (
     *("datasets", "horizon", "optimizers", "order", "outcome", "setup", "split", "stopwatch"),

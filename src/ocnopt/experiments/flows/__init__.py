@@ -1,4 +1,8 @@
-"""Train continuous normalizing flows on densities in the plane and on tables."""
+"""Train continuous normalizing flows on densities in the plane and on tables.
+
+run = RECIPES["miniboone-snopt"]  # a table, whose file is in a folder of the data's
+found = train_flow(run, load(run.density, root), device="cuda")
+"""
 
 from ocnopt.experiments.flows.network import GAS, MINIBOONE, PLANE, FlowNetwork, build
 from ocnopt.experiments.flows.run import RECIPES, FlowRun

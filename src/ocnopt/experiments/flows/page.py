@@ -9,16 +9,20 @@ from collections.abc import Mapping, Sequence
 from ocnopt.experiments.flows.contest import SECONDS, STEPS, Contest, Entry, score
 from ocnopt.experiments.flows.run import FlowRun
 from ocnopt.experiments.flows.training import SIZES
+from ocnopt.experiments.flows.words import (
+    HEADLINE,
+    losses,
+    relative,
+    remarks,
+    sentence,
+    target_text,
+)
 from ocnopt.experiments.race.analysis import median_ratio
 from ocnopt.experiments.race.words import number
 from ocnopt.experiments.reproduce.report import Settings, markdown_table
-from ocnopt.experiments.significance import difference
-from ocnopt.experiments.verdict import spread
 
-__all__ = ["HEADLINE", "markdown_page", "sentence", "short_table"]
+__all__ = ["markdown_page", "short_table"]
 
-#: The margin that the short table and the sentence name.
-HEADLINE = 0.03
 CLAIM = (
     "on nine data sets, three densities among them (Circle, gas, miniboone), SNOpt converges much"
     " faster against the wall clock than the first-order methods. Its figures for the densities are"
@@ -50,7 +54,7 @@ def _table(
     columns = [
         *("density", "method", "lr", "test loss (nats)", "excess"),
         *("CPU seconds per step", "evaluations per step"),
-        f"CPU seconds to {_target(HEADLINE, base)}",
+        f"CPU seconds to {target_text(HEADLINE, base)}",
     ]
     rows = []
     for contest in contests:
@@ -63,33 +67,14 @@ def _table(
                     contest.density,
                     entry.label,
                     "-" if entry.lr is None else f"{entry.lr:g}",
-                    _losses(entry.finals, len(entry.results)),
-                    _losses([nll - truth for nll in entry.finals], len(entry.results)),
-                    _relative(entry.per_step, ratio),
-                    _relative(entry.evaluations, None),
+                    losses(entry.finals, len(entry.results)),
+                    losses([nll - truth for nll in entry.finals], len(entry.results)),
+                    relative(entry.per_step, ratio),
+                    relative(entry.evaluations, None),
                     "-" if target is None else _reached(contest, entry, target, SECONDS),
                 ]
             )
     return columns, rows
-
-
-def _target(margin: float, base: str) -> str:
-    return f"{base}'s final loss" + (f" + {margin:g}" if margin else "")
-
-
-def _losses(values: Sequence[float], runs: int) -> str:
-    if not values:
-        return "-"
-    text = f"{statistics.fmean(values):.3f}"
-    text += f" ± {spread(values):.3f}" if len(values) > 1 else ""
-    return text + (f" ({len(values)} of {runs})" if len(values) < runs else "")
-
-
-def _relative(values: Sequence[float], ratio: float | None) -> str:
-    if not values:
-        return "-"
-    text = number(statistics.median(values))
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"
 
 
 def _reached(contest: Contest, entry: Entry, target: float, kind: str) -> str:
@@ -98,58 +83,11 @@ def _reached(contest: Contest, entry: Entry, target: float, kind: str) -> str:
     never = sum(not math.isfinite(time) for time in times)
     if not times:
         return "-"
-    text = _relative(times, contest.ratio(entry, target, kind))
+    text = relative(times, contest.ratio(entry, target, kind))
     if not never:
         return text
     missed = f"never on {never} of {len(times)}"
     return f"{text}, {missed}" if math.isfinite(statistics.median(times)) else missed
-
-
-def sentence(contests: Sequence[Contest]) -> str:
-    """What was seen, density by density.
-
-    Args:
-        contests: One per density.
-    """
-    return " ".join(_seen(contest) for contest in contests)
-
-
-def _seen(contest: Contest) -> str:
-    base, target = contest.baseline, contest.targets.get(HEADLINE)
-    if target is None:
-        return f"On {contest.density} {base.label} diverged, so that there are no targets."
-    others = contest.entries[1:]
-    times = "; ".join(_time(contest, entry, target) for entry in others)
-    finals = "; ".join(
-        f"{e.label} {_losses(e.finals, len(e.results))}, {_beside(e, base)}" for e in others
-    )
-    return (
-        f"On {contest.density}, to {_target(HEADLINE, base.label)} nats: {times}. Final test loss:"
-        f" {finals} ({base.label}: {_losses(base.finals, len(base.results))})."
-    )
-
-
-def _time(contest: Contest, entry: Entry, target: float) -> str:
-    base = contest.baseline.label
-    times = entry.to(target, SECONDS)
-    ratio, steps = (contest.ratio(entry, target, kind) for kind in (SECONDS, STEPS))
-    never = sum(not math.isfinite(time) for time in times)
-    if never == len(times):
-        return f"{entry.label} never got there"
-    if ratio is None or steps is None:
-        return f"{entry.label} got there on {len(times) - never} of {len(times)} seeds"
-    text = f"{entry.label} took {ratio:.2f} times {base}'s CPU seconds, {steps:.2f} times its steps"
-    return text + (f" (never on {never} of {len(times)} seeds)" if never else "")
-
-
-def _beside(entry: Entry, base: Entry) -> str:
-    if len(entry.finals) != len(base.finals) or len(base.finals) < 2:
-        return "on too few seeds to tell"
-    return {
-        1: f"above {base.label} beyond the spread",
-        0: f"no different from {base.label} beyond the spread",
-        -1: f"below {base.label} beyond the spread",
-    }[difference(entry.finals, base.finals)]
 
 
 def markdown_page(
@@ -185,7 +123,7 @@ def markdown_page(
         + ", ".join(f"{truth:.3f} ({name})" for name, truth in truths.items())
         + ".",
         "",
-        *_remarks(contests),
+        *remarks(contests),
         f"![Samples, learned densities, losses against seconds and steps]({settings.name}.png)",
         "",
         "Learned densities are those of seed 0; the line is the mean over seeds, the band their"
@@ -207,34 +145,6 @@ def _setting(settings: Settings, base: FlowRun, seeds: int) -> str:
         f" training, {validation:,} for validation, {test:,} for the test; batches of"
         f" {base.batch_size}, {base.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}."
     )
-
-
-def _remarks(contests: Sequence[Contest]) -> list[str]:
-    found = []
-    for contest in contests:
-        for entry in contest.entries:
-            who = f"- {contest.density}, {entry.label}:"
-            if entry.lr is None:
-                found.append(f"{who} every candidate diverged.")
-            if entry.on_edge:
-                found.append(
-                    f"{who} its learning rate, {entry.lr:g}, is at the end of those that were"
-                    " tried; others may be better."
-                )
-            steps = [str(r["diverged_step"]) for r in entry.results if r["diverged_step"]]
-            if steps:
-                found.append(
-                    f"{who} {len(steps)} of {len(entry.results)} final runs diverged, at step"
-                    f" {', '.join(steps)}; means are those of the others."
-                )
-    ends = [r["points"][-1] for c in contests for e in c.entries for r in e.sound]
-    if ends:
-        busiest = max(end["seconds"] / end[SECONDS] for end in ends)
-        found.append(
-            f"- The wall clock went on for at most {busiest:.2f} times the CPU seconds of a run:"
-            " the more, the busier the machine was with other work."
-        )
-    return [*found, ""] if found else []
 
 
 def _tables(contest: Contest) -> list[str]:
@@ -259,7 +169,7 @@ def _tables(contest: Contest) -> list[str]:
         (SECONDS, "after as many CPU seconds", contest.seconds),
     ):
         rows = [
-            [e.label, *(_losses(e.at(mark, kind), len(e.results)) for mark in marks)]
+            [e.label, *(losses(e.at(mark, kind), len(e.results)) for mark in marks)]
             for e in contest.entries
         ]
         unit = "" if kind == STEPS else " s"
