@@ -1,7 +1,9 @@
 """Train continuous normalizing flows on densities in the plane and on tables.
 
-run = RECIPES["miniboone-snopt"]  # a table, whose file is in a folder of the data's
-found = train_flow(run, load(run.density, root), device="cuda")
+Example::
+
+    run = RECIPES["miniboone-snopt"]
+    found = train_flow(run, load(run.density, data_root))
 """
 
 from ocnopt.experiments.flows.network import GAS, MINIBOONE, PLANE, FlowNetwork, build
