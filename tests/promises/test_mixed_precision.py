@@ -59,6 +59,19 @@ def test_grad_scaler(name, clip):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_grad_scaler_without_a_criterion(name):
+    """Nothing but the gradient itself tells that the loss was scaled."""
+    criterion, before = nn.CrossEntropyLoss(), weights(mlp(torch.float32))
+    models = mlp(torch.float32), mlp(torch.float32)
+    for model, on in zip(models, (True, False), strict=True):
+        optimizer = OPTIMIZERS[name](model, None)
+        s = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=10**6, enabled=on)
+        for i in range(3):
+            scaled_step(model, optimizer, criterion, *batch(dtype=torch.float32, seed=i), s)
+    assert_updates_close(before, *models, 1e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_grad_scaler_with_accumulation(name):
     one, two = mlp(), mlp()
     criterion, own = nn.CrossEntropyLoss(), nn.CrossEntropyLoss()

@@ -1,7 +1,9 @@
-"""Neural ODEs: the block, its adjoints and its integration time."""
+"""Neural ODEs: the block, its adjoints, its integration time, and densities made of it."""
 
 from ocnopt.ode.dense_adjoint import SecondOrder, second_order
+from ocnopt.ode.divergence import exact_divergence, hutchinson_divergence
 from ocnopt.ode.fields import ConcatConv2d, ConcatLinear, ConcatSquashLinear, TimedSequential
+from ocnopt.ode.flow import ContinuousFlow
 from ocnopt.ode.integration_time import Change, IntegrationTime
 from ocnopt.ode.low_rank_adjoint import (
     AdjointError,
@@ -19,6 +21,7 @@ __all__ = [
     "ConcatConv2d",
     "ConcatLinear",
     "ConcatSquashLinear",
+    "ContinuousFlow",
     "Evaluations",
     "IntegrationTime",
     "LowRank",
@@ -26,8 +29,10 @@ __all__ = [
     "SecondOrder",
     "TimedSequential",
     "adjoint_errors",
+    "exact_divergence",
     "gradient_column",
     "hessian_columns",
+    "hutchinson_divergence",
     "second_order",
     "second_order_low_rank",
 ]

@@ -30,7 +30,7 @@ from ocnopt.errors import GraphError, OptionError, RecordingError
 from ocnopt.optim.base import ModelOptimizer
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import mean_over, processes, sum_over
-from ocnopt.optim.rescaling import measure_scales
+from ocnopt.optim.rescaling import measure_scales, unscaling
 from ocnopt.optim.second_pass import actual_decrease, nonlinear_rollout
 
 __all__ = ["FeedbackOptimizer"]
@@ -373,6 +373,8 @@ class FeedbackOptimizer(ModelOptimizer):
             if player not in order and player not in self._reasons:
                 self._reasons[player] = "it received no gradient in the last step"
         measure_scales(turns, self.recorder.samples)
+        if turns:
+            _unscale(batches, unscaling(turns[0].mover.scale))
         return turns, batches
 
     def _nothing_recorded(self, expected: list[Player]) -> None:
@@ -422,6 +424,13 @@ class FeedbackOptimizer(ModelOptimizer):
         if self._policy is None:
             raise RecordingError("policy: there is none before the first step with feedback")
         return self._policy
+
+
+def _unscale(batches: list[Batch], factor: float) -> None:
+    """Take a loss scaler back where no criterion was called, whose gradient would have shown it."""
+    for batch in batches if factor != 1 else []:
+        if batch.source is None or all(call.scale is None for call in batch.source.calls):
+            batch.weight, batch.lift = batch.weight / factor, batch.lift * factor
 
 
 class _Watcher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from ocnopt.control.record import sample_of
 from ocnopt.control.turns import Turn
 from ocnopt.optim.parallel import mean_over, processes
 
-__all__ = ["measure_scales"]
+__all__ = ["measure_scales", "unscaling"]
 
 
 def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> None:
@@ -60,3 +61,20 @@ def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> N
     for (turn, _, now), old in zip(pairs, before.split(sizes), strict=True):
         rest = now.double() - turn.mover.scale * old
         turn.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())
+
+
+def unscaling(scale: float) -> float:
+    """The part of a gradient's rescaling that the curvature has to follow.
+
+    A loss scaler multiplies by a power of two and takes it back. Whatever else rescales a gradient
+    (clipping) is meant to shorten the step, which a curvature that shrank with it would undo.
+    """
+    if scale <= 0:
+        return 1.0
+    exponent = math.log2(scale)
+    whole = round(exponent)
+    if abs(exponent - whole) < 1e-3:
+        return 2.0**whole
+    # Both at once cannot be told apart: a clip by less than a half is assumed, and that no clip
+    # alone goes as far.
+    return 2.0 ** math.ceil(exponent) if scale < 2**-8 else 1.0

@@ -7,16 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ocnopt.control.batch import Batch
-from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
-from ocnopt.control.turns import Turn
 from ocnopt.curvature import kronecker
 from ocnopt.errors import OptionError
 from ocnopt.optim.base import Coverage
 from ocnopt.optim.feedback import FeedbackOptimizer
 from ocnopt.optim.mover import ParamMover
-from ocnopt.optim.solved import SolvedLayers, unscaling
+from ocnopt.optim.solved import SolvedLayers
 
 __all__ = ["SNOpt"]
 
@@ -106,15 +103,6 @@ class SNOpt(FeedbackOptimizer):
             super()._hook()
         else:
             self._reasons = dict.fromkeys(self.players, "outside the Neural ODEs")
-
-    def _turns(
-        self, passes: list[Pass], graded: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
-    ) -> tuple[list[Turn], list[Batch]]:
-        """The players outside; no criterion is known that a loss scaler could be seen by."""
-        turns, batches = super()._turns(passes, graded, group_of)
-        for batch in batches if turns else []:
-            batch.lift = batch.lift * unscaling(turns[0].mover.scale)
-        return turns, batches
 
     def _rest(
         self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +20,9 @@ from ocnopt.ode.statistics import AdjointStatistics
 from ocnopt.optim.base import ModelOptimizer
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import processes, sum_over
-from ocnopt.optim.rescaling import measure_scales
+from ocnopt.optim.rescaling import measure_scales, unscaling
 
-__all__ = ["SolvedLayers", "unscaling"]
+__all__ = ["SolvedLayers"]
 
 
 class SolvedLayers:
@@ -188,23 +187,6 @@ class SolvedLayers:
             if float(weight) > 0:
                 out[player] = (inputs / weight, signals / self._count)
         return out
-
-
-def unscaling(scale: float) -> float:
-    """The part of a gradient's rescaling that the curvature has to follow.
-
-    A loss scaler multiplies by a power of two and takes it back. Whatever else rescales a gradient
-    (clipping) is meant to shorten the step, which a curvature that shrank with it would undo.
-    """
-    if scale <= 0:
-        return 1.0
-    exponent = math.log2(scale)
-    whole = round(exponent)
-    if abs(exponent - whole) < 1e-3:
-        return 2.0**whole
-    # Both at once cannot be told apart: a clip by less than a half is assumed, and that no clip
-    # alone goes as far.
-    return 2.0 ** math.ceil(exponent) if scale < 2**-8 else 1.0
 
 
 def _step_of(layers: SolvedLayers) -> Callable[[], float]:

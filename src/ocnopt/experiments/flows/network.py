@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ocnopt.ode.fields import ConcatSquashLinear, TimedSequential
-from ocnopt.ode.flow import ContinuousFlow
+from ocnopt.ode import ContinuousFlow
 
 __all__ = ["GAS", "MINIBOONE", "PLANE", "FlowNetwork", "build", "exactly"]
 

@@ -21,7 +21,7 @@ from ocnopt.experiments.flows.run import FlowRun
 from ocnopt.experiments.flows.unseen import unseen
 from ocnopt.experiments.order import DataOrder
 from ocnopt.experiments.stopwatch import Stopwatch
-from ocnopt.ode.flow import ContinuousFlow
+from ocnopt.ode import ContinuousFlow
 
 __all__ = ["SIDE", "load", "mesh", "train_flow"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocnopt.ode.flow import ContinuousFlow
+from ocnopt.ode import ContinuousFlow
 from ocnopt.ode.listener import Field, Parts
 
 __all__ = ["unseen"]
