@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ocnopt.ode.fields import ConcatSquashLinear, TimedSequential
 from ocnopt.ode import ContinuousFlow
+from ocnopt.ode.fields import ConcatSquashLinear, TimedSequential
 
 __all__ = ["GAS", "MINIBOONE", "PLANE", "FlowNetwork", "build", "exactly"]
 
