@@ -20,6 +20,7 @@ from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.trace import outer_norms
 from ocnopt.control.turns import Group, Turn
 from ocnopt.control.views import Views
+from ocnopt.curvature.metric import Eigen
 from ocnopt.layers.base import Params, add_all
 
 __all__ = ["Sweep"]
@@ -306,11 +307,36 @@ class Sweep:
         for turn in apart:
             excess, idle = self._excess(turn, rho)
             rate = turn.mover.only_rate
-            if rate is not None and not idle:
+            direct = None if idle else self._solved_by_factors(turn, excess)
+            if direct is not None:
+                turn.delta = turn.mover.finish(direct)
+            elif rate is not None and not idle:
                 turn.delta = self.weighted(turn, excess, -rate)
             else:
                 d = self._gradient(turn) if idle else self._edited(turn, excess)
                 turn.delta = turn.mover.move(d, None if idle else turn.bound)
+
+    def _solved_by_factors(self, turn: Turn, excess: list[Tensor]) -> Params | None:
+        """``M^-1 d`` of an eigenbasis, where samples are so few that d need not be formed.
+
+        The gradient was rotated to correct the eigenvalues; what is added to it is rotated by its
+        factors. None where that takes more operations than forming the sum and rotating it.
+        """
+        metric, mover = turn.metric, turn.mover
+        if not isinstance(metric, Eigen) or mover.partial or mover.edited or self.reduce:
+            return None
+        found = [
+            (trace, c)
+            for batch, c in zip(self.batches, excess, strict=True)
+            if (trace := batch.traces.get(turn.player)) is not None
+        ]
+        networks, out, into = metric.scales.shape
+        rows = sum(trace.samples for trace, _ in found)
+        few = rows * (into**2 + out**2) < into * out * (into + out)
+        if networks > 1 or not few or not all(trace.single for trace, _ in found):
+            return None
+        parts = [trace.rotated(metric, c * mover.scale) for trace, c in found]
+        return metric.solve_sum(self._gradient(turn), parts)
 
     def _edited(self, turn: Turn, excess: list[Tensor]) -> Params:
         return turn.mover.masked(self.weighted(turn, excess))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocnopt.control.passes import Use
 from ocnopt.control.players import Player
-from ocnopt.curvature.metric import Metric
+from ocnopt.curvature.metric import Eigen, Metric
 from ocnopt.layers.base import Params, add_all
 from ocnopt.layers.linear import LinearLayer
 
@@ -140,6 +140,22 @@ class Trace:
                 for a, p, fold in zip(self.features, self.columns, self.folds, strict=True)
             ]
         )
+
+    def rotated(self, metric: Eigen, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors, in M's eigenbasis, of ``sum_i P_u^(i) c^(i) = g^T a``.
+
+        For one call of a linear layer at one location per sample (:attr:`single`).
+
+        Args:
+            metric: M.
+            coefficients: (B,) at rank one, else (B, r).
+
+        Returns:
+            ``a`` (B, in), ``g`` (B, out).
+        """
+        assert isinstance(self.layer, LinearLayer)
+        rows, columns = metric.turn_factors(self.layer, self.features[0], self.columns[0])
+        return rows, self._spread(coefficients, columns, 1)
 
     def add_weighted(
         self, base: Params, coefficients: Tensor, scale: float, factor: float = 1.0

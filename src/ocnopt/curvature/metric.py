@@ -183,6 +183,7 @@ class Eigen(Metric):
         self.basis_b = basis_b
         self.scales = scales
         self._rotated: tuple[Params, Tensor] | None = None
+        self._turned: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @property
     def separable(self) -> bool:
@@ -200,6 +201,23 @@ class Eigen(Metric):
             turned = self.basis_b.transpose(-1, -2) @ matrix @ self.basis_a
             self._rotated = (params, turned)
         return self._rotated[1]
+
+    def turn_factors(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of gradients ``P_h [a; 1]^T`` in the eigenbasis; the last result is kept.
+
+        Args:
+            layer: A linear layer.
+            a: Inputs (B, in).
+            columns: (r, B, out).
+
+        Returns:
+            ``[a; 1] U_A`` (B, in), ``P_h U_B`` (r, B, out).
+        """
+        if self._turned is None or self._turned[0] is not a or self._turned[1] is not columns:
+            dtype = self.basis_a.dtype
+            rows = layer.times(layer.homogeneous(a).to(dtype), self.basis_a)
+            self._turned = (a, columns, rows, _each_column(layer, columns.to(dtype), self.basis_b))
+        return self._turned[2:]
 
     def sample_gram(self, gradients: Params) -> Tensor:
         """Per-sample gradients are rotated once; in the eigenbasis M is diagonal."""
@@ -239,16 +257,36 @@ class Eigen(Metric):
 
     def solve(self, params: Params) -> Params:
         """``U_B [(U_B^T D U_A) / scales] U_A^T``."""
-        work = self.basis_b @ (self.rotate(params) / self.scales) @ self.basis_a.transpose(-1, -2)
-        return self.layer.from_matrix(work.to(params[0].dtype))
+        return self._turn_back(self.rotate(params), params[0].dtype)
+
+    def solve_sum(self, base: Params, parts: list[tuple[Tensor, Tensor]]) -> Params:
+        """``M^-1 (D + sum of g^T a)``, which is never formed.
+
+        Args:
+            base: D.
+            parts: Rotated factors of what is added: ``a`` (B, in) and ``g`` (B, out).
+        """
+        turned = self.rotate(base)
+        for rows, cols in parts:
+            turned = torch.baddbmm(turned, cols.mT[None], rows[None])
+        return self._turn_back(turned, base[0].dtype)
+
+    def _turn_back(self, turned: Tensor, dtype: torch.dtype) -> Params:
+        """``U_B (turned / scales) U_A^T``."""
+        work = self.basis_b @ (turned / self.scales) @ self.basis_a.transpose(-1, -2)
+        return self.layer.from_matrix(work.to(dtype))
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """The diagonal's formula, on rotated factors."""
         dtype = self.basis_a.dtype
         basis_a, basis_b, scales, floor = self._salient
-        inputs, signals = layer.homogeneous(a).to(dtype), columns.to(dtype)
-        squares = layer.times(inputs, basis_a).square_()
-        turned = _each_column(layer, signals, basis_b)
+        if floor is None:
+            rows, turned = self.turn_factors(layer, a, columns)
+        else:
+            inputs, signals = layer.homogeneous(a).to(dtype), columns.to(dtype)
+            rows = layer.times(inputs, basis_a)
+            turned = _each_column(layer, signals, basis_b)
+        squares = rows.square()
         product = gram_of(turned, turned * layer.times(squares, scales.reciprocal().mT))
         if floor is not None:
             whole = torch.linalg.vecdot(inputs, inputs)[:, None, None] * gram_of(signals, signals)
