@@ -63,7 +63,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"{_HERE}.dgnopt_grid", "inception", "layers as players: a branching network (DIGITS)"
     ),
     "ode-series": Experiment(
-        f"{_HERE}.ode_series", "words", "SNOpt against the clock: a GRU-ODE on spoken words"
+        f"{_HERE}.ode_series", "words", "SNOpt against the clock: a GRU-ODE on articulated words"
     ),
     "ode-characters": Experiment(
         f"{_HERE}.ode_series", "characters", "as ode-series, on handwritten characters"

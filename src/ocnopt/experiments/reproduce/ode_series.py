@@ -50,7 +50,7 @@ def _race(title: str, recipe: str, damping: float, **settings: Any) -> Race:
 
 #: ArticularyWordRecognition.
 WORDS = _race(
-    "Spoken words by a GRU-ODE",
+    "Articulated words by a GRU-ODE",
     "articulary-word-recognition-ode",
     damping=0.1,
     seeds=5,
