@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ocnopt.experiments import optimizers
@@ -175,7 +176,7 @@ def test_pages(name, asked, tmp_path):
     assert "No figure of the paper" in page and "ours alone" in page
     assert all(len(row) == len(report.columns) for row in report.table)
     assert {c.network for c in asked} == {"residual-fcn" if name == "residual" else "inception"}
-    assert {c.steps for c in asked} == {dgnopt_grid.QUICK_STEPS[f"digits-{name}"]}
+    assert {c.steps for c in asked} == {dgnopt_grid.QUICK[name].steps}
     for part in ("", "b", "c"):
         assert (tmp_path / f"{name}{part}.png").exists()
         assert f"({name}{part}.png)" in page
@@ -188,8 +189,31 @@ def test_pages(name, asked, tmp_path):
     assert raw["settings"]["network"] == next(iter({c.network for c in asked}))
 
 
+@pytest.mark.parametrize("kind", ["residual", "inception"])
+def test_pages_on_images(kind, asked, tmp_path, mnist_root, write_idx):
+    """The grid alone, at the network's own recipe."""
+    for part, size in (("train", 60), ("t10k", 20)):  # large enough for inception blocks
+        images = np.arange(size * 144).reshape(size, 12, 12) % 251
+        write_idx(mnist_root / "mnist" / f"{part}-images-idx3-ubyte.gz", images)
+    name = f"{kind}-mnist"
+    report = runner.reproduce(Settings(name, tmp_path, data_root=mnist_root))
+    page = (tmp_path / f"{name}.md").read_text()
+    assert f"`ocnopt reproduce {name}`. MNIST, {kind} blocks" in page
+    assert "300 steps, seeds 0 to 2" in page and report.sentence in page
+    assert {(c.dataset, c.steps) for c in asked} == {("mnist", 300)}
+    assert len(asked) == 3 * sum(len(f.lrs) * (1 + len(f.extensions)) for f in FAMILIES)
+    assert "## Alignment" not in page and "## Damping" not in page and "alignment" not in page[:60]
+    assert "the network is no chain" in page
+
+
+@pytest.mark.parametrize("kind", ["residual", "inception"])
+def test_small_versions_on_images_need_no_files(kind, asked, tmp_path):
+    runner.reproduce(Settings(f"{kind}-cifar-10", tmp_path, quick=True))
+    assert {c.dataset for c in asked} == {"digits"}
+
+
 def test_what_damping_changes_is_counted(asked):
-    family, methods = dgnopt_damping.plan(quick=False, costly=False)["kfac", 0.01]
+    family, methods = dgnopt_damping.dampings(quick=False, costly=False)["kfac", 0.01]
     assert [m.options["preconditioner"] for m in methods] == [{"name": "kfac", "damping": 0.01}] * 4
     found = dgnopt_damping.Damped("kfac", 0.01, rows_of(family, methods))
     (line,) = [line for line in dgnopt_damping.lines([found]) if line.startswith("- ")]

@@ -27,6 +27,7 @@ class Experiment(NamedTuple):
 
 
 _HERE = "ocnopt.experiments.reproduce"
+_IMAGES = (("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST"), ("cifar-10", "CIFAR-10"))
 
 EXPERIMENTS: dict[str, Experiment] = {
     "figure3": Experiment(f"{_HERE}.figure3", "run", "time and memory of a step over batch sizes"),
@@ -57,11 +58,16 @@ EXPERIMENTS: dict[str, Experiment] = {
     "table9": Experiment(f"{_HERE}.feedback_grid", "table9", "training losses of figure4's grid"),
     "table10": Experiment(f"{_HERE}.feedback_grid", "table10", "accuracies of figure4's grid"),
     "residual": Experiment(
-        f"{_HERE}.dgnopt_grid", "residual", "layers as players: a residual network (DIGITS)"
+        f"{_HERE}.dgnopt_grid", "study", "layers as players: a residual network (DIGITS)"
     ),
     "inception": Experiment(
-        f"{_HERE}.dgnopt_grid", "inception", "layers as players: a branching network (DIGITS)"
+        f"{_HERE}.dgnopt_grid", "study", "layers as players: a branching network (DIGITS)"
     ),
+    **{
+        f"{kind}-{name}": Experiment(f"{_HERE}.dgnopt_grid", "study", f"as {kind}, on {shown}")
+        for kind in ("residual", "inception")
+        for name, shown in _IMAGES
+    },
     "ode-series": Experiment(
         f"{_HERE}.ode_series", "words", "SNOpt against the clock: a GRU-ODE on articulated words"
     ),

@@ -18,9 +18,9 @@ from ocnopt.experiments.outcome import Outcome
 from ocnopt.experiments.reproduce.report import Settings, Watcher
 from ocnopt.experiments.verdict import spread
 
-__all__ = ["ALIGNMENTS", "FAMILIES", "Cell", "Family", "Method", "Row", "run_rows", "seeds_of"]
+__all__ = ["ALIGNMENTS", "FAMILIES", "SEEDS", "Cell", "Family", "Method", "Row", "run_rows"]
 
-SEEDS, QUICK_SEEDS = 5, 2
+SEEDS = 5
 
 _LATE = {"alignment": "late"}
 #: Names of alignments, and what DGNOpt calls them.
@@ -160,11 +160,6 @@ class Cell:
 Row: TypeAlias = list[Cell]
 
 
-def seeds_of(settings: Settings) -> int:
-    """How many seeds every cell has."""
-    return settings.seeds or (QUICK_SEEDS if settings.quick else SEEDS)
-
-
 def run_rows(
     settings: Settings,
     base: TrainConfig,
@@ -182,7 +177,7 @@ def run_rows(
     Returns:
         By family, the rows of its methods.
     """
-    seeds = seeds_of(settings)
+    seeds = settings.seeds or SEEDS
     configs = [
         replace(base, optimizer=m.optimizer, options=m.options, lr=lr, seed=seed)
         for family, methods in wanted

@@ -8,7 +8,7 @@ from ocnopt.experiments.reproduce.dgnopt_cells import Family, Method, Row
 from ocnopt.experiments.reproduce.report import markdown_table
 from ocnopt.experiments.significance import difference
 
-__all__ = ["DAMPINGS", "Damped", "Plan", "lines", "plan"]
+__all__ = ["DAMPINGS", "Damped", "Plan", "dampings", "lines"]
 
 DAMPINGS = (0.1, 0.01)
 LEARNING_RATES = (0.03, 0.1, 0.3)
@@ -34,7 +34,7 @@ class Damped:
     rows: list[Row]
 
 
-def plan(quick: bool, costly: bool) -> Plan:
+def dampings(quick: bool, costly: bool) -> Plan:
     """DGNOpt with a Kronecker M over dampings and learning rates.
 
     Args:
@@ -45,14 +45,14 @@ def plan(quick: bool, costly: bool) -> Plan:
         By M and damping: what is to be run.
     """
     rates = LEARNING_RATES[:1] if quick else LEARNING_RATES
-    kinds, dampings = (KINDS[1:], DAMPINGS[1:]) if costly else (KINDS, DAMPINGS)
+    kinds, levels = (KINDS[1:], DAMPINGS[1:]) if costly else (KINDS, DAMPINGS)
     return {
         (kind, damping): (
             Family(f"{kind} {damping:g}", "dgnopt", kind, rates),
             _methods(kind, damping),
         )
         for kind in kinds
-        for damping in dampings
+        for damping in levels
     }
 
 

@@ -1,14 +1,14 @@
-"""DGNOpt on residual and branching networks: what information and alignment are worth (DIGITS).
+"""DGNOpt on residual and branching networks: what information and alignment are worth.
 
 Liu, Chen & Theodorou, ICML 2021, play layers as players on such networks. No figure of theirs is at
-hand in numbers, so that both pages are this project's alone.
+hand in numbers, so that all pages are this project's alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,54 +22,88 @@ from ocnopt.experiments.recipes import RECIPES
 from ocnopt.experiments.reproduce.dgnopt_cells import (
     ALIGNMENTS,
     FAMILIES,
+    SEEDS,
     Cell,
+    Family,
+    Method,
     Row,
     run_rows,
-    seeds_of,
 )
-from ocnopt.experiments.reproduce.dgnopt_damping import Damped, lines, plan
+from ocnopt.experiments.reproduce.dgnopt_damping import Damped, Plan, dampings, lines
 from ocnopt.experiments.reproduce.report import Report, Settings, Watcher, markdown_table
 from ocnopt.experiments.setup import build_network, load_data
 from ocnopt.experiments.significance import difference
 from ocnopt.experiments.verdict import spread
 from ocnopt.optim.emsa import EMSA
 
-__all__ = ["inception", "residual"]
+__all__ = ["STUDIES", "Study", "study"]
 
-QUICK_STEPS = {"digits-residual": 150, "digits-inception": 40}
 #: Percentage points of accuracy that a workable learning rate may be below the best.
 MARGIN = 2.0
 
 
-def residual(settings: Settings, watcher: Watcher) -> Report:
-    """Blocks with shortcuts."""
-    return _run(settings, watcher, "digits-residual", "Residual networks")
+@dataclass(frozen=True)
+class Study:
+    """A grid on one data set and network.
+
+    Attributes:
+        recipe: Data, network and batch size, of :data:`RECIPES`.
+        title: Heading of the page.
+        steps: Length of a run; None for the recipe's.
+        seeds: Runs per cell.
+        further: Whether alignments and dampings are compared, too.
+    """
+
+    recipe: str
+    title: str
+    steps: int | None = None
+    seeds: int = SEEDS
+    further: bool = True
 
 
-def inception(settings: Settings, watcher: Watcher) -> Report:
-    """Blocks with branches."""
-    return _run(settings, watcher, "digits-inception", "Branching networks")
+_IMAGES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
+_KINDS = {"residual": "Residual networks", "inception": "Branching networks"}
+#: By experiment. On images there is the grid alone, of runs that are short enough for two cores.
+STUDIES: Mapping[str, Study] = {
+    **{kind: Study(f"digits-{kind}", title) for kind, title in _KINDS.items()},
+    **{
+        f"{kind}-{name}": Study(f"{name}-{kind}", f"{title} on {shown}", 300, 3, further=False)
+        for kind, title in _KINDS.items()
+        for name, shown in _IMAGES.items()
+    },
+}
+#: By kind: the small version's, which needs no files.
+QUICK = {
+    "residual": Study("digits-residual", "Residual networks", 150, 2),
+    "inception": Study("digits-inception", "Branching networks", 40, 2),
+}
 
 
-def _run(settings: Settings, watcher: Watcher, recipe: str, title: str) -> Report:
+def study(settings: Settings, watcher: Watcher) -> Report:
+    """Run the grid that the settings name.
+
+    Raises:
+        InputError: The data are not there, or a setting cannot be used.
+    """
+    plan = QUICK[settings.name.partition("-")[0]] if settings.quick else STUDIES[settings.name]
+    plan = replace(plan, seeds=settings.seeds or plan.seeds)
     families = list(FAMILIES)
     if settings.quick:  # the least and the largest learning rate
         families = [replace(f, lrs=(f.lrs[0], f.lrs[-1])) for f in families]
-    base = _base(settings, recipe)
+    base = TrainConfig(**RECIPES[plan.recipe], data_root=settings.data_root)
+    base = replace(base, steps=plan.steps or base.steps)
     wanted = {f.name: (f, [f.lender, *f.extensions]) for f in families}
-    aligned = {f.name: (f, [f.aligned(a) for a in ALIGNMENTS]) for f in families if f.couples}
-    damped = plan(settings.quick, costly=base.network == "inception")
+    aligned: dict[str, tuple[Family, list[Method]]] = {}
+    damped: Plan = {}
+    if plan.further:
+        aligned = {f.name: (f, [f.aligned(a) for a in ALIGNMENTS]) for f in families if f.couples}
+        damped = dampings(settings.quick, costly=base.network == "inception")
     everything = [*wanted.values(), *aligned.values(), *damped.values()]
-    rows = iter(run_rows(settings, base, everything, watcher))
+    rows = iter(run_rows(replace(settings, seeds=plan.seeds), base, everything, watcher))
     grid = dict(zip(wanted, rows, strict=False))
     choices = dict(zip(aligned, rows, strict=False))
-    dampings = [Damped(*key, own) for key, own in zip(damped, rows, strict=True)]
-    return _report(settings, base, title, grid, choices, dampings)
-
-
-def _base(settings: Settings, recipe: str) -> TrainConfig:
-    base = TrainConfig(**RECIPES[recipe], data_root=settings.data_root)
-    return replace(base, steps=QUICK_STEPS[recipe]) if settings.quick else base
+    found = [Damped(*key, own) for key, own in zip(damped, rows, strict=True)]
+    return _report(settings, base, plan, grid, choices, found)
 
 
 # the page
@@ -78,10 +112,10 @@ def _base(settings: Settings, recipe: str) -> TrainConfig:
 def _report(
     settings: Settings,
     base: TrainConfig,
-    title: str,
+    plan: Study,
     grid: Mapping[str, list[Row]],
     choices: Mapping[str, list[Row]],
-    dampings: list[Damped],
+    damped: list[Damped],
 ) -> Report:
     save_differences(settings.picture, [_differences(rows) for rows in grid.values()])
     for name, rows in choices.items():
@@ -94,9 +128,9 @@ def _report(
     table = [line for rows in grid.values() for line in _lines(rows, len(columns) - 2)]
     sentence = _seen(grid, choices)
     page = [
-        f"# {title}: information and alignment",
+        f"# {plan.title}: information{' and alignment' if plan.further else ''}",
         "",
-        _setting(settings, base),
+        _setting(settings, base, plan.seeds),
         "",
         "No figure of the paper (Liu, Chen & Theodorou, *Dynamic Game Theoretic Neural Optimizer*, "
         "ICML 2021) is known in numbers: the grid and what is seen in it are ours alone.",
@@ -127,13 +161,13 @@ def _report(
         markdown_table(_BEST, [_best_line(row) for rows in grid.values() for row in rows]),
         "",
         *(line for name, rows in choices.items() for line in _alignments(settings, name, rows)),
-        *lines(dampings),
+        *(lines(damped) if damped else []),
         "## E-MSA",
         "",
         _emsa(base),
         "",
     ]
-    all_rows = [*grid.values(), *choices.values(), *(part.rows for part in dampings)]
+    all_rows = [*grid.values(), *choices.values(), *(part.rows for part in damped)]
     cells = [c for rows in all_rows for row in rows for c in row]
     facts = {"settings": base.to_json(), "margin": MARGIN}
     raw = [cell.to_json() for cell in cells]
@@ -304,19 +338,22 @@ def _emsa(base: TrainConfig) -> str:
     return "E-MSA runs on this network, but is not part of the grid."
 
 
-def _setting(settings: Settings, base: TrainConfig) -> str:
+def _setting(settings: Settings, base: TrainConfig, seeds: int) -> str:
     config = base.resolved()
     assert config.widths is not None
     widths = "-".join(map(str, config.widths))
-    kind = (
-        f"residual blocks of {config.depth} linear layers ({widths}, {config.activation}; a linear "
-        "layer as shortcut where the width changes)"
-        if config.network == "residual-fcn"
-        else f"inception blocks of four branches ({widths} channels)"
-    )
+    kind = {
+        "residual-fcn": f"residual blocks of {config.depth} linear layers ({widths}, "
+        f"{config.activation}; a linear layer as shortcut where the width changes)",
+        "residual-cnn": f"residual blocks of two convolutions ({widths} channels; a 1x1 convolution"
+        " as shortcut where their number changes)",
+        "inception": f"inception blocks of four branches ({widths} channels)",
+    }[config.network]
+    data = _IMAGES.get(config.dataset, config.dataset.upper())
     return (
-        f"Written by `{settings.command}`. DIGITS, {kind}, batches of {config.batch_size}, "
-        f"{config.steps} steps, seeds 0 to {seeds_of(settings) - 1}; training loss is the mean "
-        f"over the last epoch's steps, at most {CAP:g}, which is what a run that diverges counts "
-        "as. All optimizers have their defaults, EKFAC's damping (0.1) included."
+        f"Written by `{settings.command}`. {data}, {kind}, batches of {config.batch_size}, "
+        f"{config.steps} steps, seeds 0 to {seeds - 1}; training loss is the mean over "
+        f"the last epoch's steps, or all of them if there are fewer, at most {CAP:g}, which is "
+        "what a run that diverges counts as. All optimizers have their defaults, EKFAC's damping "
+        "(0.1) included."
     )
