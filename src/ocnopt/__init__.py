@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         SolverError,
     )
     from ocnopt.losses import MMCLoss, VanishingGradientRegularizer
-    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, DGNOpt, SNOpt, VanillaDDP
+    from ocnopt.optim import EKFAC, EMSA, KFAC, DDPNOpt, DGNOpt, OCNOpt, SNOpt, VanillaDDP
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "GraphError",
     "MMCLoss",
     "NonFiniteError",
+    "OCNOpt",
     "OcnoptError",
     "OptionError",
     "RecordingError",
@@ -62,6 +63,7 @@ _HOMES = {
     "KFAC": "ocnopt.optim",
     "MMCLoss": "ocnopt.losses",
     "NonFiniteError": "ocnopt.errors",
+    "OCNOpt": "ocnopt.optim",
     "OcnoptError": "ocnopt.errors",
     "OptionError": "ocnopt.errors",
     "RecordingError": "ocnopt.errors",
@@ -102,6 +104,11 @@ _PAPERS = {
         "Second-order Neural {ODE} Optimizer",
         "Advances in Neural Information Processing Systems",
     ),
+    "OCNOpt": (
+        "liu2025optimal",
+        "Optimal Control Theoretic Neural Optimizer: From Backpropagation to Dynamic Programming",
+        "arXiv preprint arXiv:2510.14168",
+    ),
 }
 
 
@@ -109,7 +116,7 @@ def citation(optimizer: str = "DDPNOpt") -> str:
     """BibTeX of the paper that an optimizer comes from.
 
     Args:
-        optimizer: "DDPNOpt", "DGNOpt" or "SNOpt".
+        optimizer: "DDPNOpt", "DGNOpt", "SNOpt" or "OCNOpt".
 
     Raises:
         OptionError: Another name.
@@ -119,11 +126,12 @@ def citation(optimizer: str = "DDPNOpt") -> str:
 
         raise OptionError(f"optimizer={optimizer!r}; choose one of {', '.join(_PAPERS)}")
     key, title, venue = _PAPERS[optimizer]
+    kind, place = ("article", "journal  ") if "arXiv" in venue else ("inproceedings", "booktitle")
     return (
-        f"@inproceedings{{{key},\n"
+        f"@{kind}{{{key},\n"
         f"  title     = {{{title}}},\n"
         "  author    = {Liu, Guan-Horng and Chen, Tianrong and Theodorou, Evangelos A.},\n"
-        f"  booktitle = {{{venue}}},\n"
-        "  year      = {2021}\n"
+        f"  {place} = {{{venue}}},\n"
+        f"  year      = {{{key[3:7]}}}\n"
         "}"
     )

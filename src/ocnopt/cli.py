@@ -142,7 +142,8 @@ def train(
             to observation; or your own as module:function, called with the shape of an input and
             the number of classes [default: fcn].
         optimizer: ddpnopt, dgnopt, kfac, ekfac, sgd, rmsprop, adam, vanilla-ddp, emsa, snopt (for
-            networks with Neural ODEs), or any other as package.module:Class [default: ddpnopt].
+            networks with Neural ODEs), ocnopt (for any), or any other as package.module:Class
+            [default: ddpnopt].
         lr: Learning rate [default: by optimizer].
         option: Option of the optimizer as key=value, such as momentum=0.9 or
             preconditioner=kfac; may be repeated. With rest_lr=RATE the optimizer trains the Neural
@@ -261,8 +262,8 @@ def compare(
     Args:
         optimizer: An optimizer, with its options and, if you like, a sweep of its own, as in
             'ddpnopt preconditioner=rmsprop lr=0.001:0.1:7'; any of ddpnopt, dgnopt, kfac, ekfac,
-            sgd, rmsprop, adam, vanilla-ddp, emsa, snopt, or package.module:Class. To be repeated:
-            the first is what times are relative to [default: sgd, adam and ddpnopt].
+            sgd, rmsprop, adam, vanilla-ddp, emsa, snopt, ocnopt, or package.module:Class. To be
+            repeated: the first is what times are relative to [default: sgd, adam and ddpnopt].
         lr: Learning rates of all others: FROM:TO:COUNT with even ratios, as in 0.01:1:7, or a list,
             as in 0.1,0.2,0.4 [default: eight, from a tenth to 30 times the optimizer's usual one].
         recipe: Settings of one of the papers' problems, which other options change: wine-fcn,

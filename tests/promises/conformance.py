@@ -49,6 +49,11 @@ def _dgnopt(model, criterion, **options):
     return ocnopt.DGNOpt(model, criterion, **options)
 
 
+def _ocnopt(model, criterion, **options):
+    options = {"lr": RATES["ekfac"], "preconditioner": rule("ekfac"), **options}
+    return ocnopt.OCNOpt(model, criterion, **options)
+
+
 def _ddpnopt_with(name):
     def build(model, criterion, **options):
         return ddpnopt(model, criterion, name, **options)
@@ -60,6 +65,7 @@ def _ddpnopt_with(name):
 OPTIMIZERS = {
     **{f"DDPNOpt-{name}": _ddpnopt_with(name) for name in PRECONDITIONERS},
     "DGNOpt": _dgnopt,
+    "OCNOpt": _ocnopt,
     "KFAC": _kfac,
     "EKFAC": _ekfac,
 }

@@ -20,7 +20,7 @@ from torch.fx.node import Node, map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.effects import INPLACE_OPERATORS
-from ocnopt.control.players import Player
+from ocnopt.control.players import Player, Solver
 from ocnopt.control.undisturbed import Inputs, same_result, silent, untouched
 from ocnopt.errors import GraphError
 
@@ -210,7 +210,7 @@ for _name in INPLACE_OPERATORS:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps players whole, and modules of torch that hold none."""
+    """Keeps players whole, Neural ODEs, and modules of torch that hold none."""
 
     proxy_buffer_attributes = True  # else a buffer would be written into while tracing
 
@@ -220,7 +220,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module becomes one node."""
-        if id(m) in self._own:
+        if id(m) in self._own or isinstance(m, Solver):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not any(
             id(child) in self._own for child in m.modules()

@@ -33,6 +33,7 @@ _OURS = {
     "vanilla-ddp": "VanillaDDP",
     "emsa": "EMSA",
     "snopt": "SNOpt",
+    "ocnopt": "OCNOpt",
 }
 
 
@@ -77,10 +78,20 @@ def build(
 
 
 def valid_options(kind: Callable[..., Any]) -> list[str]:
-    """List the keyword options of an optimizer's class that a run may set."""
-    parameters = inspect.signature(kind).parameters.values()
+    """List the keyword options of an optimizer's class that a run may set.
+
+    A class that hands ``**options`` on has those of the next constructor, too.
+    """
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.name not in _PROVIDED and p.kind not in variadic]
+    found: dict[str, None] = {}
+    for part in getattr(kind, "__mro__", (kind,)):
+        if part is not kind and "__init__" not in vars(part):
+            continue
+        parameters = inspect.signature(part).parameters.values()
+        found.update(dict.fromkeys(p.name for p in parameters if p.kind not in variadic))
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in found if name not in _PROVIDED]
 
 
 def runs_batches(optimizer: torch.optim.Optimizer) -> bool:

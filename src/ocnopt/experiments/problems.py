@@ -36,6 +36,7 @@ OptimizerName = Literal[
     "vanilla-ddp",
     "emsa",
     "snopt",
+    "ocnopt",
 ]
 Activation = Literal["tanh", "relu", "sigmoid"]
 Head = Literal["identity", "sigmoid"]
@@ -129,4 +130,5 @@ LEARNING_RATES: Mapping[OptimizerName, float] = {
     "vanilla-ddp": 1.0,
     "emsa": 1.0,
     "snopt": 0.01,
+    "ocnopt": 0.02,
 }

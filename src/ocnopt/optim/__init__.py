@@ -5,6 +5,7 @@ from ocnopt.optim.ddpnopt import DDPNOpt
 from ocnopt.optim.dgnopt import DGNOpt
 from ocnopt.optim.emsa import EMSA
 from ocnopt.optim.kfac import EKFAC, KFAC
+from ocnopt.optim.ocnopt import OCNOpt
 from ocnopt.optim.snopt import SNOpt
 from ocnopt.optim.vanilla_ddp import VanillaDDP
 
@@ -16,6 +17,7 @@ __all__ = [
     "DDPNOpt",
     "DGNOpt",
     "ModelOptimizer",
+    "OCNOpt",
     "SNOpt",
     "VanillaDDP",
 ]

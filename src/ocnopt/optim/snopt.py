@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ocnopt.control.players import Player
 from ocnopt.curvature import kronecker
 from ocnopt.errors import OptionError
-from ocnopt.optim.base import Coverage
-from ocnopt.optim.feedback import FeedbackOptimizer
-from ocnopt.optim.mover import ParamMover
-from ocnopt.optim.solved import SolvedLayers
+from ocnopt.optim.solving import SolvingOptimizer, require_sample_step
 
 __all__ = ["SNOpt"]
 
 
-class SNOpt(FeedbackOptimizer):
+class SNOpt(SolvingOptimizer):
     """Second-order Neural Optimizer (Liu, Chen & Theodorou, NeurIPS 2021).
 
     The Gauss-Newton terminal cost of rank one makes the second-order adjoint follow the ordinary
@@ -68,12 +63,8 @@ class SNOpt(FeedbackOptimizer):
         reduction: str = "mean",
         params: Any = None,
     ) -> None:
-        number = isinstance(sample_step, (int, float)) and not isinstance(sample_step, bool)
-        if not (number and 0 < sample_step < math.inf):
-            raise OptionError(f"sample_step={sample_step!r}, but it must be finite and positive")
         self.precondition_all = precondition_all
-        self._sample_step = float(sample_step)
-        self._solved: SolvedLayers | None = None
+        self.sample_step = require_sample_step(sample_step)
         super().__init__(
             model,
             None,
@@ -93,8 +84,7 @@ class SNOpt(FeedbackOptimizer):
         )
 
     def _hook(self) -> None:
-        self._solved = SolvedLayers(self, self.model, self._sample_step, self.reduction)
-        if not self._solved.odes:
+        if not self._follow().odes:
             raise OptionError(
                 "model: it holds no ocnopt.ode.NeuralODE, which SNOpt is for; use EKFAC, or "
                 "DDPNOpt or DGNOpt for feedback"
@@ -103,46 +93,3 @@ class SNOpt(FeedbackOptimizer):
             super()._hook()
         else:
             self._reasons = dict.fromkeys(self.players, "outside the Neural ODEs")
-
-    def _rest(
-        self, params: list[Tensor], group_of: dict[Tensor, dict[str, Any]]
-    ) -> list[ParamMover]:
-        """The Neural ODEs' layers, and first-order steps for what is left."""
-        assert self._solved is not None
-        movers = self._solved.movers(params, group_of, self._states)
-        done = {p for mover in movers for p in mover.params}
-        return [*movers, *super()._rest([p for p in params if p not in done], group_of)]
-
-    def _step(self) -> None:
-        assert self._solved is not None
-        try:
-            super()._step()
-        finally:
-            self._solved.clear()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients, and forget the passes that made them."""
-        super().zero_grad(set_to_none)
-        if self._solved is not None:
-            self._solved.clear()
-
-    def detach(self) -> None:
-        """Take every hook off the model; its Neural ODEs are followed no longer."""
-        super().detach()
-        if self._solved is not None:
-            self._solved.remove()
-
-    def coverage(self) -> list[Coverage]:
-        """One row per trained parameter; treatment "adjoint" is that of a Neural ODE's layers."""
-        assert self._solved is not None
-        owner: dict[int, Player] = {id(p): q for q in self._solved.players for p in q.params}
-        names = {name: id(p) for name, p in self.model.named_parameters()}
-        rows = []
-        for row in super().coverage():
-            player = owner.get(names[row.parameter])
-            if player is not None:
-                reason = self._solved.reason(player)
-                treatment = "first-order" if reason else "adjoint"
-                row = row._replace(kind=player.layer.kind, treatment=treatment, reason=reason)
-            rows.append(row)
-        return rows
