@@ -177,6 +177,19 @@ def test_groups_come_first():
     assert not reasons["3.func.layers.2.weight"]
 
 
+def test_layers_of_a_field_that_are_unfrozen():
+    model = everything()
+    first = model[3].func.layers[0].requires_grad_(False)
+    optimizer = ocnopt.OCNOpt(model, CE(), lr=0.05)
+    train(model, optimizer, optimizer.criterion, 2)
+    assert not any("3.func.layers.0" in row.parameter for row in optimizer.coverage())
+    first.requires_grad_(True)
+    optimizer.add_param_group({"params": "3.func.layers.0", "preconditioner": RULE})
+    train(model, optimizer, optimizer.criterion, 2, start=2)
+    rows = {row.parameter: row.treatment for row in optimizer.coverage()}
+    assert rows["3.func.layers.0.linear.weight"] == rows["3.func.layers.2.weight"] == "adjoint"
+
+
 def test_resumes_bit_for_bit():
     whole, first = everything(), everything()
     criteria = CE(), CE(), CE()

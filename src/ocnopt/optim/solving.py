@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ocnopt.control.players import Player
+from ocnopt.control.players import Player, find_solved
 from ocnopt.errors import OptionError
 from ocnopt.optim.base import Coverage
 from ocnopt.optim.feedback import FeedbackOptimizer
@@ -41,10 +41,19 @@ class SolvingOptimizer(FeedbackOptimizer):
     _solved: SolvedLayers | None = None
 
     def _follow(self) -> SolvedLayers:
-        """The Neural ODEs' layers, followed from the first call on."""
-        if self._solved is None:
+        """The Neural ODEs' layers, as they are now, are followed from here on."""
+        found = _owned(find_solved(self.model))
+        if self._solved is None or found != _owned(self._solved.players):
+            if self._solved is not None:
+                self._solved.remove()
             self._solved = SolvedLayers(self, self.model, self.sample_step, self.reduction)
         return self._solved
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; follow layers of a Neural ODE that were unfrozen for it."""
+        super().add_param_group(param_group)
+        if self._ready:
+            self._follow()
 
     def _hook(self) -> None:
         self._follow()
@@ -92,3 +101,8 @@ class SolvingOptimizer(FeedbackOptimizer):
                 row = row._replace(kind=player.layer.kind, treatment=treatment, reason=reason)
             rows.append(row)
         return rows
+
+
+def _owned(players: list[Player]) -> list[tuple[str, tuple[str, ...]]]:
+    """Which parameters of which layers."""
+    return [(player.name, player.layer.names) for player in players]
