@@ -498,3 +498,22 @@ def test_from_the_command_line(own, capsys):
     assert summary["lr"] == 0.01
     assert cli.main(["train", "--dataset", "wine", "--optimizer", "snopt", "--steps", "1"]) == 2
     assert "holds no ocnopt.ode.NeuralODE" in capsys.readouterr().err
+
+
+def test_other_networks_refuse_series_of_different_lengths(own, capsys):
+    words = ["train", "--dataset", "own:waves", "--network", "fcn", "--steps", "2"]
+    assert cli.main(words) == 2
+    assert "has missing values" in (said := capsys.readouterr().err) and "gru-ode" in said
+
+
+def test_ocnopt_trains_it(own):
+    """The GRU by first-order steps, the Neural ODE by the adjoint, the head with feedback."""
+    config = TrainConfig(
+        **{"dataset": "own:waves", "network": "gru-ode", "hidden": 8, "method": "midpoint"},
+        **{"optimizer": "ocnopt", "lr": 0.02, "options": {"sample_step": 1.0}},
+        **{"batch_size": 16, "steps": 26},
+    )
+    with pytest.warns(UserWarning, match="every layer has a stage of its own"):
+        result = train(config)
+    assert result.diverged_step is None
+    assert float(result.history[-4:].mean()) < float(result.history[0])

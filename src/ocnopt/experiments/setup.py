@@ -115,6 +115,11 @@ def build_network(config: TrainConfig, data: Data) -> nn.Module:
         InputError: The network does not fit the data, or is no module.
     """
     c, fits = config, (data.shape, data.classes)
+    if c.network != "gru-ode" and ":" not in c.network and bool(data.train_x.isnan().any()):
+        raise InputError(
+            f"dataset {c.dataset} has missing values (series of different lengths, say), which "
+            f"{c.network} cannot take; use --network gru-ode, or a network of your own"
+        )
     if c.network == "fcn":
         return networks.fcn(fcn_recipe(c), *fits)
     if c.network == "cnn":
