@@ -104,8 +104,8 @@ def run_grid(
 def _spread(jobs: list[_Job], processes: int | None) -> _Results:
     """Run jobs in worker processes and hand each over as soon as it is done."""
     if processes == 1 or len(jobs) == 1:
-        for job in jobs:
-            yield job, _run(job)
+        for job in jobs:  # threads of a grid that was interrupted may still be busy
+            yield job, _run_numbered(0, job)[1]
         return
     if importlib.util.find_spec("joblib") is None:
         raise InputError("grids need joblib; pip install 'ocnopt[experiments]'")
