@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torchdiffeq import odeint
 
 from ocnopt.errors import SolverError
-from ocnopt.experiments import networks
+from ocnopt.experiments import networks, optimizers
 from ocnopt.experiments.config import TrainConfig, from_json
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.grid import run_grid
@@ -261,6 +261,26 @@ def test_races_are_tuned_alike_about_the_released_rates(race, dataset, sgd):
     assert (tuning.steps == final.steps) == (dataset == "mnist")
 
 
+def test_ocnopt_differs_from_snopt_in_its_feedback_alone():
+    """Without feedback they take the same steps."""
+    race = ode_image.WHOLE
+    torch.manual_seed(0)
+    models = [networks.ode_cnn(networks.OdeCNN(3, "rk4"), (1, 8, 8), 10) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    off = ({}, {"information": "open-loop"})
+    for model, contender, extra in zip(models, race.contenders, off, strict=True):
+        criterion = torch.nn.CrossEntropyLoss()
+        options = {**contender.options, **extra}
+        optimizer = optimizers.build(contender.optimizer, model, criterion, 0.01, options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    for one, two in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
 def test_the_paper_is_quoted():
     paper = ode_image.CIFAR.paper
     assert paper.accuracy == {"Adam": 77.3, "SGD": 76.4, "SNOpt": 79.1}
@@ -283,7 +303,7 @@ def invented(config):
     )
 
 
-@pytest.mark.parametrize("name", ["ode-image", "ode-mnist"])
+@pytest.mark.parametrize("name", ["ode-image", "ode-mnist", "ode-whole"])
 def test_the_small_version_needs_no_files(monkeypatch, tmp_path, name):
     asked = []
 
@@ -295,15 +315,16 @@ def test_the_small_version_needs_no_files(monkeypatch, tmp_path, name):
     monkeypatch.setattr("ocnopt.experiments.race.tune.run_grid", run_grid)
     report = runner.reproduce(Settings(name, tmp_path, data_root=tmp_path, quick=True))
     assert {(c.steps, c.validation) for c in asked} == {(22, 0.1), (44, 0.0)}
-    assert len(asked) == 3 * (2 + 2)
-    assert [row[0] for row in report.table] == ["Adam", "SGD", "SNOpt"]
+    labels = ["SNOpt", "OCNOpt"] if name == "ode-whole" else ["Adam", "SGD", "SNOpt"]
+    assert len(asked) == len(labels) * (2 + 2)
+    assert [row[0] for row in report.table] == labels
     page = (tmp_path / f"{name}.md").read_text()
     assert f"`ocnopt reproduce {name} --quick`" in page and "(22 steps, seed 1000)" in page
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["ode-image", "ode-mnist"])
+@pytest.mark.parametrize("name", ["ode-image", "ode-mnist", "ode-whole"])
 def test_without_files_it_says_which(tmp_path, name):
-    what = {"ode-image": "cifar-10", "ode-mnist": "mnist"}[name]
+    what = "cifar-10" if name == "ode-image" else "mnist"
     with pytest.raises(InputError, match=f"{what}.*ocnopt data"):
         runner.reproduce(Settings(name, tmp_path, data_root=tmp_path))

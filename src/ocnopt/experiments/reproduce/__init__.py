@@ -78,6 +78,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"{_HERE}.ode_image", "cifar", "SNOpt against the clock: a Neural ODE on CIFAR-10"
     ),
     "ode-mnist": Experiment(f"{_HERE}.ode_image", "mnist", "as ode-image, on MNIST"),
+    "ode-whole": Experiment(
+        f"{_HERE}.ode_image", "whole", "OCNOpt beside SNOpt: feedback about a Neural ODE on MNIST"
+    ),
     "ode-flow": Experiment(
         f"{_HERE}.ode_flow", "run", "SNOpt against the clock: continuous flows in the plane"
     ),
