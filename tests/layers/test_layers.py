@@ -7,6 +7,7 @@ from torch.func import functional_call, grad, vmap
 
 import ocnopt.curvature.metric as metrics
 from ocnopt.layers import kind_of
+from ocnopt.layers.base import _by_sample
 
 torch.manual_seed(0)
 F64 = torch.float64
@@ -349,6 +350,56 @@ MATRIX = pytest.mark.parametrize(
         if name.startswith(("linear", "conv")) and (only != "bias" or build().bias is not None)
     ],
 )
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+@MATRIX
+def test_gram_from_inputs_and_signals(name, only, fold):
+    """At many locations, of several groups, as if per-sample gradients had been formed."""
+    c = Case(name, only)
+    if fold == 2:
+        c.x, c.a, c.columns = c.x[:4], c.a[:4], c.columns[:, :4]
+    p = flat_columns(c, fold)
+    rows = _by_sample(c.layer.rows(c.a), fold)
+    cols = torch.stack([_by_sample(c.layer.cols(g), fold) for g in c.columns])
+    seen = set()
+    for label, metric, dense in dense_metrics(c):
+        if metric.factored:
+            expected = p.transpose(1, 2) @ dense @ p
+            found = metric.factor_gram(rows, cols)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, msg=label)
+            seen.add(label)
+    assert {"identity-equal", "kronecker", "eigen"} <= seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk", [1 << 24, 1])
+def test_gram_of_a_wide_convolution_on_a_small_image(monkeypatch, chunk, dtype):
+    """Without per-sample gradients, all samples at once or in chunks."""
+    import ocnopt.layers.base as base
+
+    module = nn.Conv2d(24, 32, 3, padding=1, groups=2).to(dtype)
+    layer = kind_of(module)(module, ("weight", "bias"))
+    x, columns = randn(5, 24, 2, 2).to(dtype), randn(2, 5, 32, 2, 2, seed=1).to(dtype)
+    gradients = layer.column_gradients(x, columns)
+    monkeypatch.setattr(base, "CHUNK", chunk)
+    a = torch.stack([torch.linalg.inv(_spd(109, i)) for i in range(2)]).to(dtype)
+    b = torch.stack([torch.linalg.inv(_spd(16, 5 + i)) for i in range(2)]).to(dtype)
+    bases = torch.linalg.eigh(a)[1], torch.linalg.eigh(b)[1]
+    # Most directions are hardly curved: Gram numbers come from the salient ones and from norms.
+    scales = 0.1 + torch.where(torch.arange(109) > 99, 5.0, 1e-6).expand(2, 16, 109).to(dtype)
+    for metric in (
+        metrics.Metric((0.3, 0.3)),
+        metrics.Kronecker((0.3, 0.3), layer, a, b),
+        metrics.Eigen((0.3, 0.3), layer, *bases, scales),
+        metrics.Eigen((0.3, 0.3), layer, *bases, scales, 0.01),
+    ):
+        expected = metric.sample_gram(gradients)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(metric), "sample_gram", None)
+            found = layer.gram(x, columns, metric)
+        rough = 1e-3 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(found, expected, rtol=rough, atol=rough)
 
 
 @MATRIX

@@ -34,17 +34,13 @@ class Metric:
         self.rates = rates
 
     @property
-    def separable(self) -> bool:
-        """Whether ``M = A (x) B``, and one learning rate serves all parameters."""
+    def factored(self) -> bool:
+        """Whether :meth:`factor_gram` is there: M has structure, or one rate for all parameters."""
         return len(set(self.rates)) == 1
 
     def solve(self, params: Params) -> Params:
         """``M^-1 d``; leading dimensions before a parameter's own are batches."""
         return params
-
-    def solve_factors(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        """``(A^-1 a, B^-1 p)`` for a separable metric; vectors on the last dimension."""
-        return rows, cols
 
     def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """``Q_uu^-1`` on rows (r, B, L, width) of a table, at ``index`` (B, L)."""
@@ -58,6 +54,18 @@ class Metric:
             total = product if total is None else total + product
         assert total is not None
         return total
+
+    def factor_gram(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Gram matrix of ``P_u = sum_l a_l (x) P_h,l`` over locations, which is never formed.
+
+        Args:
+            rows: Inputs ``[a; 1]``, (groups, B, L, in).
+            cols: Columns (r, groups, B, L, out).
+
+        Returns:
+            (B, r, r).
+        """
+        return _over_locations(rows, rows, cols, cols) * self.rates[0]
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """Gram matrix of outer products ``P_u = a (x) P_h`` at one location per sample.
@@ -89,7 +97,7 @@ class Diagonal(Metric):
         self.scales = scales
 
     @property
-    def separable(self) -> bool:
+    def factored(self) -> bool:
         """A diagonal matrix is no Kronecker product."""
         return False
 
@@ -135,13 +143,11 @@ class Kronecker(Metric):
         work = self.b_inverse @ matrix.to(self.b_inverse.dtype) @ self.a_inverse
         return self.layer.from_matrix(work.to(matrix.dtype))
 
-    def solve_factors(self, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        """One group, or one per stacked network: what a linear layer has."""
-        dtype = self.a_inverse.dtype
-        return (
-            self.layer.times(rows.to(dtype), self.a_inverse).to(rows.dtype),
-            self.layer.times(cols.to(dtype), self.b_inverse).to(cols.dtype),
-        )
+    def factor_gram(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """``sum_lm (a_l^T A^-1 a_m) (p_l^T B^-1 p'_m)``."""
+        rows, cols = rows.to(self.a_inverse.dtype), cols.to(self.a_inverse.dtype)
+        rows_m, cols_m = _times(rows, self.a_inverse), _times(cols, self.b_inverse)
+        return _over_locations(rows, rows_m, cols, cols_m) * self.rates[0]
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """``(a^T A^-1 a) (p^T B^-1 p')``."""
@@ -185,11 +191,6 @@ class Eigen(Metric):
         self._rotated: tuple[Params, Tensor] | None = None
         self._turned: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    @property
-    def separable(self) -> bool:
-        """The corrected eigenvalues do not factor."""
-        return False
-
     def rotate(self, params: Params) -> Tensor:
         """``U_B^T D U_A``, (..., groups, out, in).
 
@@ -228,6 +229,17 @@ class Eigen(Metric):
         if floor is not None:
             product += _rest(_squares(matrix.flatten(2)), _squares(kept)) / floor
         return product.to(gradients[0].dtype) * self.rates[0]
+
+    def factor_gram(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Gradients are formed in the eigenbasis, of rotated factors, where M is diagonal."""
+        rows, cols = rows.to(self.basis_a.dtype), cols.to(self.basis_a.dtype)
+        basis_a, basis_b, scales, floor = self._salient
+        turned = _times(cols, basis_b).mT @ _times(rows, basis_a)  # (r, groups, B, out, in)
+        kept = turned.permute(2, 0, 1, 3, 4).flatten(2)
+        product = kept @ (kept / scales.flatten()).mT
+        if floor is not None:
+            product += _rest(_over_locations(rows, rows, cols, cols), _squares(kept)) / floor
+        return product * self.rates[0]
 
     @cached_property
     def _salient(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -293,6 +305,27 @@ class Eigen(Metric):
             kept = squares.sum(-1)[:, None, None] * gram_of(turned, turned)
             product = product + _rest(whole, kept) / floor
         return product.to(columns.dtype) * self.rates[0]
+
+
+def _times(x: Tensor, matrices: Tensor) -> Tensor:
+    """Vectors (..., groups, B, L, n) times their group's matrix (groups, n, k)."""
+    lead, (groups, samples, locations, n) = x.shape[:-4], x.shape[-4:]
+    flat = x.reshape(*lead, groups, samples * locations, n) @ matrices
+    return flat.view(*lead, groups, samples, locations, -1)
+
+
+def _over_locations(rows: Tensor, rows_m: Tensor, cols: Tensor, cols_m: Tensor) -> Tensor:
+    """``sum_lm (a_l . a_m') (p_l . p_m')`` over locations and groups, (B, r, r).
+
+    Args:
+        rows: (groups, B, L, in).
+        rows_m: The same, preconditioned.
+        cols: (r, groups, B, L, out).
+        cols_m: The same, preconditioned.
+    """
+    mixed = (rows @ rows_m.mT) @ cols_m  # (r, groups, B, L, out)
+    left, right = (x.permute(2, 0, 1, 3, 4).flatten(2) for x in (cols, mixed))
+    return left @ right.mT
 
 
 def _squares(vectors: Tensor) -> Tensor:

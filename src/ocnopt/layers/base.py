@@ -189,6 +189,25 @@ class MatrixLayer(Layer):
             return (bias,)
         return matrix[..., :-1].reshape(*lead, *self.shapes[0]), bias
 
+    def gram(self, a: Tensor, columns: Tensor, metric: Metric, fold: int = 1) -> Tensor:
+        """From inputs and signals where locations are few, else from per-sample gradients."""
+        if not metric.factored or self.networks > 1:
+            return super().gram(a, columns, metric, fold)
+        channels = self.shapes[0][0]
+        into, out = self.numel // channels, channels // self.groups
+        locations = fold * columns[0, 0].numel() // channels
+        if locations * (into + out) >= into * out:
+            return super().gram(a, columns, metric, fold)
+        samples = columns.shape[1] // fold
+        step = max(1, CHUNK // (self.groups * locations * (into + len(columns) * out)))
+        parts = []
+        for start in range(0, samples, step):
+            part = slice(start * fold, (start + step) * fold)
+            rows = _by_sample(self.rows(a[part]), fold)
+            cols = torch.stack([_by_sample(self.cols(p), fold) for p in columns[:, part]])
+            parts.append(metric.factor_gram(rows, cols).to(columns.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def cross_moment(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of ``x y^T`` of (B, L, groups, n) and (B, L, groups, m): (groups, n, m)."""
         left, right = (z.reshape(-1, *z.shape[2:]).transpose(0, 1) for z in (x, y))
@@ -200,3 +219,8 @@ class MatrixLayer(Layer):
             return rows
         ones = rows.new_ones(*rows.shape[:-1], 1)
         return torch.cat([rows, ones], -1) if self.has_weight else ones
+
+
+def _by_sample(x: Tensor, fold: int) -> Tensor:
+    """(B * fold, L, groups, n) as (groups, B, fold * L, n)."""
+    return x.reshape(x.shape[0] // fold, -1, *x.shape[2:]).permute(2, 0, 1, 3)

@@ -77,7 +77,7 @@ class LinearLayer(MatrixLayer):
         return a.dim() > 2 and super().prefers_samples(a, g)
 
     def gram(self, a: Tensor, columns: Tensor, metric: Metric, fold: int = 1) -> Tensor:
-        """From the factors where that is cheaper than from per-sample gradients."""
+        """At one location per sample from outer products."""
         if fold > 1:
             a = a.reshape(a.shape[0] // fold, fold, *a.shape[1:])
             columns = columns.reshape(
@@ -85,15 +85,6 @@ class LinearLayer(MatrixLayer):
             )
         if a.dim() == 2:
             return metric.outer_gram(self, a, columns)
-        locations = a[0, ..., 0].numel()
-        size = a.shape[-1] * columns.shape[-1]
-        if metric.separable and locations * (a.shape[-1] + columns.shape[-1]) < size:
-            rows = self.rows(a)[:, :, 0]
-            cols = columns.reshape(*columns.shape[:2], -1, columns.shape[-1])
-            rows_m, cols_m = metric.solve_factors(rows, cols)
-            left = rows @ rows_m.transpose(1, 2)  # (B, L, L)
-            products = torch.einsum("rblo,sbmo->rsblm", cols, cols_m)
-            return torch.einsum("rsblm,blm->brs", products, left) * metric.rates[0]
         return super().gram(a, columns, metric)
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
