@@ -7,7 +7,6 @@ from torch.func import functional_call, grad, vmap
 
 import ocnopt.curvature.metric as metrics
 from ocnopt.layers import kind_of
-from ocnopt.layers.base import _by_sample
 
 torch.manual_seed(0)
 F64 = torch.float64
@@ -360,8 +359,7 @@ def test_gram_from_inputs_and_signals(name, only, fold):
     if fold == 2:
         c.x, c.a, c.columns = c.x[:4], c.a[:4], c.columns[:, :4]
     p = flat_columns(c, fold)
-    rows = _by_sample(c.layer.rows(c.a), fold)
-    cols = torch.stack([_by_sample(c.layer.cols(g), fold) for g in c.columns])
+    rows, cols = c.layer.factors(c.a, c.columns, fold)
     seen = set()
     for label, metric, dense in dense_metrics(c):
         if metric.factored:

@@ -21,7 +21,7 @@ from ocnopt.control.cross import cross_factors, update_cross_factors
 from ocnopt.control.trace import ALL, Trace
 from ocnopt.control.turns import Moments, Turn
 from ocnopt.curvature.coupling import Coarse, Coupling, couple
-from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame
+from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame, enter_factors
 from ocnopt.curvature.kronecker import Factored
 from ocnopt.curvature.metric import Eigen, Kronecker
 from ocnopt.layers.base import CHUNK, Params
@@ -198,27 +198,35 @@ class Cooperation:
         return out
 
     def _sample_gram(self, batch: Batch, traces: Sequence[Trace]) -> Tensor:
-        """From the members' per-sample gradients, as many at once as there is room for."""
+        """From the members' per-sample gradients, as many at once as there is room for.
+
+        Where a member has few locations, its gradients are formed in its coordinates alone.
+        """
         coarse = self.coarse
         assert coarse.coupling is not None
+        own = []
+        for turn, trace in zip(self.turns, traces, strict=True):
+            assert turn.metric is not None
+            own.append(trace.gram(turn.metric).view(batch.samples, trace.rank, trace.rank))
         size = sum(trace.layer.numel * trace.rank for trace in traces)
         step = max(1, CHUNK // size)
+        both = list(zip(self.frames, coarse.inputs, strict=True))
+        sides = [frame.sides(inputs) for frame, inputs in both]
         parts = []
         for start in range(0, batch.samples, step):
             part = ALL if step >= batch.samples else slice(start, start + step)
-            ys, own = [], []
-            for turn, trace, frame, inputs in zip(
-                self.turns, traces, self.frames, coarse.inputs, strict=True
-            ):
+            ys = []
+            for trace, (frame, inputs), turned in zip(traces, both, sides, strict=True):
+                factors = trace.factors(part)
+                if factors is not None:
+                    ys.append(enter_factors(turned, *factors))
+                    continue
                 layer: Any = trace.layer
-                gradients = trace.sample_columns(part)
-                assert turn.metric is not None
-                own.append(turn.metric.sample_gram(gradients))
-                matrix = layer.to_matrix(gradients)
+                matrix = layer.to_matrix(trace.sample_columns(part))
                 ys.append(frame.enter(matrix.to(frame.dtype), inputs))
-            total = torch.stack(own).sum(0)
-            parts.append(total + coarse.coupling.added(ys).sum(1) * self._rate)
-        return torch.cat(parts)
+            parts.append(coarse.coupling.added(ys).sum(1))
+        added = torch.cat(parts)
+        return torch.stack(own).sum(0).to(added.dtype) + added * self._rate
 
     @property
     def _rate(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ocnopt.control.passes import Use
 from ocnopt.control.players import Player
 from ocnopt.curvature.metric import Eigen, Metric
-from ocnopt.layers.base import Params, add_all
+from ocnopt.layers.base import MatrixLayer, Params, add_all
 from ocnopt.layers.linear import LinearLayer
 
 __all__ = ["Trace", "outer_norms"]
@@ -106,6 +106,16 @@ class Trace:
         if self.gradients is not None:
             return self.gradients if part is ALL else tuple(g[part] for g in self.gradients)
         return add_all(self._formed(part))
+
+    def factors(self, part: slice = ALL) -> tuple[Tensor, Tensor] | None:
+        """Inputs and signals, as ``MatrixLayer.factors``, where gradients need not be formed."""
+        if self.gradients is not None or not isinstance(self.layer, MatrixLayer):
+            return None
+        fold, columns = self.folds[0], self.columns[0]
+        if not self.layer.few_locations(columns, fold):
+            return None
+        rows = _rows(part, fold)
+        return self.layer.factors(self.features[0][rows], columns[:, rows], fold)
 
     @property
     def locations(self) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ocnopt.curvature.factorize import spd_factor
 from ocnopt.curvature.kronecker import split_damping
-from ocnopt.curvature.metric import Eigen, Kronecker
+from ocnopt.curvature.metric import Eigen, Kronecker, by_group
 
-__all__ = ["EigenFrame", "Frame", "KroneckerFrame"]
+__all__ = ["EigenFrame", "Frame", "KroneckerFrame", "enter_factors"]
 
 
 class Frame(ABC):
@@ -172,6 +172,26 @@ class EigenFrame(Frame):
     def leave(self, matrix: Tensor) -> Tensor:
         """``U_B (Y / sqrt(scales)) U_A^T``."""
         return self.metric.basis_b @ (matrix / self.scales) @ self.metric.basis_a.mT
+
+
+def enter_factors(
+    sides: tuple[Tensor, Tensor, Tensor | float], rows: Tensor, cols: Tensor
+) -> Tensor:
+    """:meth:`Frame.enter` of per-sample gradients that are sums of outer products over locations.
+
+    Args:
+        sides: What :meth:`Frame.sides` gave.
+        rows: Inputs (groups, B, L, in).
+        cols: Columns (r, groups, B, L, out).
+
+    Returns:
+        (B, r, groups, out, kept).
+    """
+    a_basis, b_basis, scales = sides
+    turned = by_group(cols.to(b_basis.dtype), b_basis).mT @ by_group(
+        rows.to(a_basis.dtype), a_basis
+    )
+    return turned.permute(2, 0, 1, 3, 4) / scales
 
 
 def _scaled_basis(basis: Tensor, factor: Tensor, level: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Kronecker(Metric):
     def factor_gram(self, rows: Tensor, cols: Tensor) -> Tensor:
         """``sum_lm (a_l^T A^-1 a_m) (p_l^T B^-1 p'_m)``."""
         rows, cols = rows.to(self.a_inverse.dtype), cols.to(self.a_inverse.dtype)
-        rows_m, cols_m = _times(rows, self.a_inverse), _times(cols, self.b_inverse)
+        rows_m, cols_m = by_group(rows, self.a_inverse), by_group(cols, self.b_inverse)
         return _over_locations(rows, rows_m, cols, cols_m) * self.rates[0]
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ class Eigen(Metric):
         """Gradients are formed in the eigenbasis, of rotated factors, where M is diagonal."""
         rows, cols = rows.to(self.basis_a.dtype), cols.to(self.basis_a.dtype)
         basis_a, basis_b, scales, floor = self._salient
-        turned = _times(cols, basis_b).mT @ _times(rows, basis_a)  # (r, groups, B, out, in)
+        turned = by_group(cols, basis_b).mT @ by_group(rows, basis_a)  # (r, groups, B, out, in)
         kept = turned.permute(2, 0, 1, 3, 4).flatten(2)
         product = kept @ (kept / scales.flatten()).mT
         if floor is not None:
@@ -307,7 +307,7 @@ class Eigen(Metric):
         return product.to(columns.dtype) * self.rates[0]
 
 
-def _times(x: Tensor, matrices: Tensor) -> Tensor:
+def by_group(x: Tensor, matrices: Tensor) -> Tensor:
     """Vectors (..., groups, B, L, n) times their group's matrix (groups, n, k)."""
     lead, (groups, samples, locations, n) = x.shape[:-4], x.shape[-4:]
     flat = x.reshape(*lead, groups, samples * locations, n) @ matrices

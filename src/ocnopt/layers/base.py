@@ -191,22 +191,43 @@ class MatrixLayer(Layer):
 
     def gram(self, a: Tensor, columns: Tensor, metric: Metric, fold: int = 1) -> Tensor:
         """From inputs and signals where locations are few, else from per-sample gradients."""
-        if not metric.factored or self.networks > 1:
-            return super().gram(a, columns, metric, fold)
-        channels = self.shapes[0][0]
-        into, out = self.numel // channels, channels // self.groups
-        locations = fold * columns[0, 0].numel() // channels
-        if locations * (into + out) >= into * out:
+        if not metric.factored or not self.few_locations(columns, fold):
             return super().gram(a, columns, metric, fold)
         samples = columns.shape[1] // fold
-        step = max(1, CHUNK // (self.groups * locations * (into + len(columns) * out)))
+        size = self.rows(a[:1]).numel() + columns[:, 0].numel()
+        step = max(1, CHUNK // (fold * size)) if samples else 1
         parts = []
         for start in range(0, samples, step):
             part = slice(start * fold, (start + step) * fold)
-            rows = _by_sample(self.rows(a[part]), fold)
-            cols = torch.stack([_by_sample(self.cols(p), fold) for p in columns[:, part]])
+            rows, cols = self.factors(a[part], columns[:, part], fold)
             parts.append(metric.factor_gram(rows, cols).to(columns.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def few_locations(self, columns: Tensor, fold: int = 1) -> bool:
+        """Whether products of :meth:`factors` take fewer operations than of their gradients.
+
+        Args:
+            columns: (r, B * fold, *).
+            fold: Consecutive rows that belong to one sample.
+        """
+        channels = self.shapes[0][0]
+        into, out = self.numel // channels, channels // self.groups
+        locations = fold * columns[0, 0].numel() // channels
+        return self.networks == 1 and locations * (into + out) < into * out
+
+    def factors(self, a: Tensor, columns: Tensor, fold: int = 1) -> tuple[Tensor, Tensor]:
+        """Inputs and signals whose outer products, summed over locations, are the gradients.
+
+        Args:
+            a: Features (B * fold, *).
+            columns: (r, B * fold, *).
+            fold: Consecutive rows that belong to one sample.
+
+        Returns:
+            (groups, B, L, in), (r, groups, B, L, out).
+        """
+        cols = torch.stack([_by_sample(self.cols(p), fold) for p in columns])
+        return _by_sample(self.rows(a), fold), cols
 
     def cross_moment(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of ``x y^T`` of (B, L, groups, n) and (B, L, groups, m): (groups, n, m)."""
