@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import warnings
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -261,6 +262,26 @@ def test_races_are_tuned_alike_about_the_released_rates(race, dataset, sgd):
     assert (tuning.steps == final.steps) == (dataset == "mnist")
 
 
+def test_the_released_settings_are_not_tuned(monkeypatch, tmp_path, mnist_root):
+    asked = []
+
+    def run_grid(configs, **_):
+        asked.extend(configs)
+        return [invented(config) for config in configs]
+
+    monkeypatch.setattr("ocnopt.experiments.race.run.run_grid", run_grid)
+    monkeypatch.setattr("ocnopt.experiments.race.tune.run_grid", None)
+    small = replace(ode_image.RELEASED.base, batch_size=16)  # there are 60 images
+    monkeypatch.setattr(ode_image, "RELEASED", replace(ode_image.RELEASED, base=small))
+    report = runner.reproduce(Settings("ode-released", tmp_path, data_root=mnist_root))
+    assert {(c.optimizer, c.lr) for c in asked} == {("adam", 1e-3), ("sgd", 0.02), ("snopt", 0.02)}
+    assert [c.seed for c in asked] == [0] * 3 + [1] * 3 + [2] * 3
+    assert {c.validation for c in asked} == {0.0}
+    page = (tmp_path / "ode-released.md").read_text()
+    assert "nothing was tuned" in page and "greatest that was tried" not in page
+    assert [row[1] for row in report.table] == ["lr 0.001", "lr 0.02", "lr 0.02"]
+
+
 def test_ocnopt_differs_from_snopt_in_its_feedback_alone():
     """Without feedback they take the same steps."""
     race = ode_image.WHOLE
@@ -323,7 +344,7 @@ def test_the_small_version_needs_no_files(monkeypatch, tmp_path, name):
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["ode-image", "ode-mnist", "ode-whole"])
+@pytest.mark.parametrize("name", ["ode-image", "ode-mnist", "ode-released", "ode-whole"])
 def test_without_files_it_says_which(tmp_path, name):
     what = "cifar-10" if name == "ode-image" else "mnist"
     with pytest.raises(InputError, match=f"{what}.*ocnopt data"):

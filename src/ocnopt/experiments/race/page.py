@@ -226,6 +226,8 @@ def _to_level(result: Result, accuracy: float, entry: Entry, *, relative: bool =
 
 def _tuning(result: Result) -> list[str]:
     race = result.race
+    if race.fixed:
+        return ["## Tuning", "", "Every contender has one setting: nothing was tuned.", ""]
     tuning = race.tuning
     seeds = ", ".join(str(TUNING_SEED + i) for i in range(race.tuning_seeds))
     return [

@@ -102,6 +102,16 @@ class Race:
                 )
 
     @property
+    def fixed(self) -> bool:
+        """Whether every contender has a single setting, so that there is nothing to choose."""
+        return all(c.candidates == 1 for c in self.contenders)
+
+    @property
+    def trials(self) -> int:
+        """Runs that are needed to choose."""
+        return 0 if self.fixed else self.tuning_seeds * sum(c.candidates for c in self.contenders)
+
+    @property
     def final(self) -> TrainConfig:
         """What final runs share, resolved: the whole training set, tested on the test set."""
         plain = replace(

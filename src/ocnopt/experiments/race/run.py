@@ -47,8 +47,7 @@ def run_race(settings: Settings, race: Race, watcher: Watcher) -> Report:
         seeds=settings.seeds or race.seeds,
     )
     contenders, final = race.contenders, race.final
-    tried = sum(c.candidates for c in contenders)
-    watcher.start(tried * race.tuning_seeds + len(contenders) * race.seeds)
+    watcher.start(race.trials + len(contenders) * race.seeds)
     data = load_data(final)
     for contender in contenders:
         # The first learning rate with every value of the other option.

@@ -59,7 +59,7 @@ class Tuned:
 
     Attributes:
         contender: Who it is.
-        trials: Every setting that was tried.
+        trials: Every setting that was tried; none where there was but one.
         chosen: The one that runs; None where every run of all diverged.
     """
 
@@ -107,6 +107,11 @@ def tune(
         InputError: A setting or the data cannot be used.
     """
     tried = [contender.configs(race.tuning) for contender in race.contenders]
+    if race.fixed:
+        return [
+            Tuned(contender, (), Trial(config, ()))
+            for contender, (config,) in zip(race.contenders, tried, strict=True)
+        ]
     seeds = range(TUNING_SEED, TUNING_SEED + race.tuning_seeds)
     runs = [replace(c, seed=seed) for configs in tried for c in configs for seed in seeds]
     outcomes = iter(run_grid(runs, cache=cache, processes=processes, watcher=watcher))

@@ -78,6 +78,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"{_HERE}.ode_image", "cifar", "SNOpt against the clock: a Neural ODE on CIFAR-10"
     ),
     "ode-mnist": Experiment(f"{_HERE}.ode_image", "mnist", "as ode-image, on MNIST"),
+    "ode-released": Experiment(
+        f"{_HERE}.ode_image", "released", "as ode-mnist, at the paper's settings, untuned"
+    ),
     "ode-whole": Experiment(
         f"{_HERE}.ode_image", "whole", "OCNOpt beside SNOpt: feedback about a Neural ODE on MNIST"
     ),
