@@ -248,11 +248,10 @@ def test_races_are_tuned_alike_about_the_released_rates(race, dataset, sgd):
         lrs = contenders[label].lrs
         assert rate in lrs and lrs[0] < rate < lrs[-1]
     assert contenders["SGD"].options == {"momentum": 0.9}
-    assert contenders["SNOpt"].options == {
-        **{"update_every": 100, "sample_step": 0.1},
-        **{"precondition_all": True, "momentum": 0.9},
-    }
-    assert contenders["SNOpt"].also == {"damping": (0.05, 0.2)}
+    own, also = contenders["SNOpt"].options, contenders["SNOpt"].also
+    assert own["update_every"] == 100 and own["precondition_all"]
+    tried = {"momentum": (0.0, 0.9)} if dataset == "cifar-10" else {"damping": (0.05, 0.2)}
+    assert also == tried and not own.keys() & also.keys()
     assert {0.01, 0.02} <= set(contenders["SNOpt"].lrs)
     tuning, final = race.tuning, race.final
     assert (tuning.dataset, tuning.network, tuning.channels) == (dataset, "ode-cnn", 15)
