@@ -1,4 +1,4 @@
-"""Two processes with half a batch each take SNOpt's step of one with the whole batch."""
+"""Two processes with half a batch each take SNOpt's and OCNOpt's step of one with all of it."""
 
 import sys
 from functools import partial
@@ -10,8 +10,10 @@ from torch import nn
 from two_processes import results_of, work
 
 import ocnopt
+from ocnopt.curvature.kronecker import EKFAC
 
 CASES = ["ode", "all layers", "adam group", "wrapped first", "clipped", "accumulated", "unrolled"]
+CASES += ["ocnopt"]
 STEPS = 3
 
 
@@ -22,6 +24,9 @@ def model_of(case):
 
 
 def optimizer_of(case, net, model):
+    if case == "ocnopt":
+        rule = EKFAC(damping=0.05, decay=0.0, update_every=2)
+        return ocnopt.OCNOpt(net, lr=0.05, sample_step=0.1, solved=rule, preconditioner=rule)
     adam = {"params": [model[0], model[2]], "preconditioner": "adam", "lr": 0.01}
     return ocnopt.SNOpt(
         net,

@@ -158,6 +158,28 @@ def test_feedback_passes_through_a_neural_ode(adjoint):
     assert float(rho.abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rollout": "nonlinear"},
+        {"keep_grad": False},
+        {"terminal": "gauss-newton", "preconditioner": "kfac"},
+        {"measure_every": 1},
+        {"keep_policy": True, "information": "feedback"},
+        {"fictitious": "adversarial", "penalty": 10.0},
+        {"alignment": "random"},
+    ],
+    ids=str,
+)
+def test_it_has_dgnopts_options(options):
+    model, criterion = everything(), CE()
+    optimizer = ocnopt.OCNOpt(model, criterion, lr=0.05, sample_step=0.1, **options)
+    losses = [float(step(model, optimizer, criterion, *batch())) for _ in range(8)]
+    assert losses[-1] < 0.99 * losses[0]
+    assert_feedback_active(optimizer)
+    assert {row.treatment for row in optimizer.coverage()} == {"player", "adjoint"}
+
+
 def test_groups_come_first():
     """A group that names layers of the Neural ODE keeps them, at its own rule."""
     model = everything()
