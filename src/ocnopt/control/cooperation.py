@@ -204,29 +204,28 @@ class Cooperation:
         """
         coarse = self.coarse
         assert coarse.coupling is not None
-        own = []
-        for turn, trace in zip(self.turns, traces, strict=True):
-            assert turn.metric is not None
-            own.append(trace.gram(turn.metric).view(batch.samples, trace.rank, trace.rank))
         size = sum(trace.layer.numel * trace.rank for trace in traces)
         step = max(1, CHUNK // size)
-        both = list(zip(self.frames, coarse.inputs, strict=True))
-        sides = [frame.sides(inputs) for frame, inputs in both]
+        members = list(zip(self.turns, traces, self.frames, coarse.inputs, strict=True))
+        sides = [frame.sides(inputs) for _, _, frame, inputs in members]
         parts = []
         for start in range(0, batch.samples, step):
             part = ALL if step >= batch.samples else slice(start, start + step)
-            ys = []
-            for trace, (frame, inputs), turned in zip(traces, both, sides, strict=True):
+            ys, own = [], []
+            for (turn, trace, frame, inputs), turned in zip(members, sides, strict=True):
+                assert turn.metric is not None
                 factors = trace.factors(part)
                 if factors is not None:
+                    own.append(turn.metric.factor_gram(*factors))
                     ys.append(enter_factors(turned, *factors))
                     continue
                 layer: Any = trace.layer
-                matrix = layer.to_matrix(trace.sample_columns(part))
-                ys.append(frame.enter(matrix.to(frame.dtype), inputs))
-            parts.append(coarse.coupling.added(ys).sum(1))
-        added = torch.cat(parts)
-        return torch.stack(own).sum(0).to(added.dtype) + added * self._rate
+                gradients = trace.sample_columns(part)
+                own.append(turn.metric.sample_gram(gradients))
+                ys.append(frame.enter(layer.to_matrix(gradients).to(frame.dtype), inputs))
+            total = torch.stack(own).sum(0)
+            parts.append(total + coarse.coupling.added(ys).sum(1) * self._rate)
+        return torch.cat(parts)
 
     @property
     def _rate(self) -> float:
