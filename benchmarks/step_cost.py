@@ -219,8 +219,9 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
         "from them: hence less than the floor. Under KFAC and EKFAC the share recursion measures",
         "every sample's gradient in the metric: cheap at one location per sample, several",
         "products where there are many (Transformer). EKFAC on wide layers rotates whole",
-        "gradients, which costs more than the batch. Beside plain EKFAC on the MLP, the rollout",
-        "(2/3 of a step of SGD) and the Gram numbers (three products) alone make a ratio of 1.2.",
+        "gradients, there and back, which costs more than the batch; what feedback adds is rotated",
+        "by its factors. Beside plain EKFAC on the MLP, the rollout (2/3 of a step of SGD) and the",
+        "Gram numbers (three products) alone make a ratio of 1.2.",
         "The small network pays for the number of operations, whose arithmetic is next to nothing.",
     ]
     for threads, nets in figures.items():
