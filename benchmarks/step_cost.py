@@ -220,8 +220,7 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
         "every sample's gradient in the metric: cheap at one location per sample, several",
         "products where there are many (Transformer). EKFAC on wide layers rotates whole",
         "gradients, there and back, which costs more than the batch; what feedback adds is rotated",
-        "by its factors. Beside plain EKFAC on the MLP, the rollout (2/3 of a step of SGD) and the",
-        "Gram numbers (three products) alone make a ratio of 1.2.",
+        "by its factors.",
         "The small network pays for the number of operations, whose arithmetic is next to nothing.",
     ]
     for threads, nets in figures.items():
