@@ -204,6 +204,7 @@ def test_pages_on_images(kind, asked, tmp_path, mnist_root, write_idx):
     assert len(asked) == 3 * sum(len(f.lrs) * (1 + len(f.extensions)) for f in FAMILIES)
     assert "## Alignment" not in page and "## Damping" not in page and "alignment" not in page[:60]
     assert "the network is no chain" in page
+    assert str(tmp_path) not in (tmp_path / f"{name}.json").read_text()
 
 
 @pytest.mark.parametrize("kind", ["residual", "inception"])

@@ -169,7 +169,7 @@ def _report(
     ]
     all_rows = [*grid.values(), *choices.values(), *(part.rows for part in damped)]
     cells = [c for rows in all_rows for row in rows for c in row]
-    facts = {"settings": base.to_json(), "margin": MARGIN}
+    facts = {"settings": replace(base, data_root=None).to_json(), "margin": MARGIN}
     raw = [cell.to_json() for cell in cells]
     return Report(columns, table, sentence, "\n".join(page), raw, facts)
 
