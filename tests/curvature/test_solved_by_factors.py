@@ -9,7 +9,7 @@ from ocnopt.control.sweep import Sweep
 from ocnopt.curvature.kronecker import EKFAC
 
 
-def trained(monkeypatch, samples, by_factors, **options):
+def trained(monkeypatch, samples, by_factors, clip=None, **options):
     """Weights after ten steps, and which layers' steps were solved by factors."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -35,6 +35,8 @@ def trained(monkeypatch, samples, by_factors, **options):
         for part in range(2):  # accumulated: two passes lead to a step
             x, y = torch.randn(samples, 40).double(), torch.randint(6, (samples,))
             (criterion(model(x), y) * (0.25 + 0.5 * part)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     monkeypatch.undo()
     return torch.cat([p.detach().flatten() for p in model.parameters()]), taken
@@ -48,8 +50,9 @@ def trained(monkeypatch, samples, by_factors, **options):
         {"terminal": "gauss-newton", "bellman": "sample"},
         {"momentum": 0.9, "weight_decay": 0.01},
         {"curvature": "value"},
+        {"clip": 0.3},
     ],
-    ids=["default", "every direction", "rank r", "momentum", "value"],
+    ids=["default", "every direction", "rank r", "momentum", "value", "clipped"],
 )
 def test_as_if_formed(monkeypatch, options):
     one, taken = trained(monkeypatch, 4, True, **options)

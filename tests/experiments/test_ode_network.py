@@ -271,7 +271,7 @@ def test_the_released_settings_are_not_tuned(monkeypatch, tmp_path, mnist_root):
     monkeypatch.setattr("ocnopt.experiments.race.run.run_grid", run_grid)
     monkeypatch.setattr("ocnopt.experiments.race.tune.run_grid", None)
     small = replace(ode_image.RELEASED.base, batch_size=16)  # there are 60 images
-    monkeypatch.setattr(ode_image, "RELEASED", replace(ode_image.RELEASED, base=small))
+    monkeypatch.setitem(ode_image.RACES, "ode-released", replace(ode_image.RELEASED, base=small))
     report = runner.reproduce(Settings("ode-released", tmp_path, data_root=mnist_root))
     assert {(c.optimizer, c.lr) for c in asked} == {("adam", 1e-3), ("sgd", 0.02), ("snopt", 0.02)}
     assert [c.seed for c in asked] == [0] * 3 + [1] * 3 + [2] * 3

@@ -195,7 +195,7 @@ class MatrixLayer(Layer):
             return super().gram(a, columns, metric, fold)
         samples = columns.shape[1] // fold
         size = self.rows(a[:1]).numel() + columns[:, 0].numel()
-        step = max(1, CHUNK // (fold * size)) if samples else 1
+        step = max(1, CHUNK // (fold * size))
         parts = []
         for start in range(0, samples, step):
             part = slice(start * fold, (start + step) * fold)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["EXPERIMENTS", "Experiment"]
+__all__ = ["EXPERIMENTS", "IMAGES", "Experiment"]
 
 
 class Experiment(NamedTuple):
@@ -27,7 +27,8 @@ class Experiment(NamedTuple):
 
 
 _HERE = "ocnopt.experiments.reproduce"
-_IMAGES = (("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST"), ("cifar-10", "CIFAR-10"))
+#: Image data sets by name, as pages call them.
+IMAGES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
 
 EXPERIMENTS: dict[str, Experiment] = {
     "figure3": Experiment(f"{_HERE}.figure3", "run", "time and memory of a step over batch sizes"),
@@ -66,7 +67,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     **{
         f"{kind}-{name}": Experiment(f"{_HERE}.dgnopt_grid", "study", f"as {kind}, on {shown}")
         for kind in ("residual", "inception")
-        for name, shown in _IMAGES
+        for name, shown in IMAGES.items()
     },
     "ode-series": Experiment(
         f"{_HERE}.ode_series", "words", "SNOpt against the clock: a GRU-ODE on articulated words"
@@ -75,14 +76,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"{_HERE}.ode_series", "characters", "as ode-series, on handwritten characters"
     ),
     "ode-image": Experiment(
-        f"{_HERE}.ode_image", "cifar", "SNOpt against the clock: a Neural ODE on CIFAR-10"
+        f"{_HERE}.ode_image", "race", "SNOpt against the clock: a Neural ODE on CIFAR-10"
     ),
-    "ode-mnist": Experiment(f"{_HERE}.ode_image", "mnist", "as ode-image, on MNIST"),
+    "ode-mnist": Experiment(f"{_HERE}.ode_image", "race", "as ode-image, on MNIST"),
     "ode-released": Experiment(
-        f"{_HERE}.ode_image", "released", "as ode-mnist, at the paper's settings, untuned"
+        f"{_HERE}.ode_image", "race", "as ode-mnist, at the paper's settings, untuned"
     ),
     "ode-whole": Experiment(
-        f"{_HERE}.ode_image", "whole", "OCNOpt beside SNOpt: feedback about a Neural ODE on MNIST"
+        f"{_HERE}.ode_image", "race", "OCNOpt beside SNOpt: feedback about a Neural ODE on MNIST"
     ),
     "ode-flow": Experiment(
         f"{_HERE}.ode_flow", "run", "SNOpt against the clock: continuous flows in the plane"

@@ -19,6 +19,7 @@ from ocnopt.experiments.figures.heatmap import Differences, save_differences
 from ocnopt.experiments.figures.sensitivity import Sweep, save_sensitivity
 from ocnopt.experiments.outcome import CAP
 from ocnopt.experiments.recipes import RECIPES
+from ocnopt.experiments.reproduce import IMAGES
 from ocnopt.experiments.reproduce.dgnopt_cells import (
     ALIGNMENTS,
     FAMILIES,
@@ -61,7 +62,6 @@ class Study:
     further: bool = True
 
 
-_IMAGES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
 _KINDS = {"residual": "Residual networks", "inception": "Branching networks"}
 #: By experiment. On images there is the grid alone, of runs that are short enough for two cores.
 STUDIES: Mapping[str, Study] = {
@@ -69,7 +69,7 @@ STUDIES: Mapping[str, Study] = {
     **{
         f"{kind}-{name}": Study(f"{name}-{kind}", f"{title} on {shown}", 300, 3, further=False)
         for kind, title in _KINDS.items()
-        for name, shown in _IMAGES.items()
+        for name, shown in IMAGES.items()
     },
 }
 #: By kind: the small version's, which needs no files.
@@ -349,7 +349,7 @@ def _setting(settings: Settings, base: TrainConfig, seeds: int) -> str:
         " as shortcut where their number changes)",
         "inception": f"inception blocks of four branches ({widths} channels)",
     }[config.network]
-    data = _IMAGES.get(config.dataset, config.dataset.upper())
+    data = IMAGES.get(config.dataset, config.dataset.upper())
     return (
         f"Written by `{settings.command}`. {data}, {kind}, batches of {config.batch_size}, "
         f"{config.steps} steps, seeds 0 to {seeds - 1}; training loss is the mean over "

@@ -10,18 +10,7 @@ from ocnopt.experiments.race import Contender, Paper, Race, run_race
 from ocnopt.experiments.recipes import RECIPES
 from ocnopt.experiments.reproduce.report import Report, Settings, Watcher
 
-__all__ = [
-    "CIFAR",
-    "MNIST",
-    "QUICK",
-    "RELEASED",
-    "WHOLE",
-    "ImageRace",
-    "cifar",
-    "mnist",
-    "released",
-    "whole",
-]
+__all__ = ["CIFAR", "MNIST", "QUICK", "RACES", "RELEASED", "WHOLE", "ImageRace", "race"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,48 +210,22 @@ QUICK = ImageRace(
 )
 
 
-def cifar(settings: Settings, watcher: Watcher) -> Report:
-    """Run the race on CIFAR-10.
+#: By experiment.
+RACES = {"ode-image": CIFAR, "ode-mnist": MNIST, "ode-released": RELEASED, "ode-whole": WHOLE}
+#: The small version of the last.
+QUICK_WHOLE = replace(
+    QUICK,
+    title="DIGITS by a Neural ODE: OCNOpt beside SNOpt",
+    contenders=tuple(replace(c, lrs=c.lrs[1:]) for c in WHOLE.contenders),
+    baseline=WHOLE.baseline,
+)
+
+
+def race(settings: Settings, watcher: Watcher) -> Report:
+    """Run the race that the settings name.
 
     Raises:
         InputError: The data are not there, or a setting cannot be used.
     """
-    return run_race(settings, QUICK if settings.quick else CIFAR, watcher)
-
-
-def mnist(settings: Settings, watcher: Watcher) -> Report:
-    """Run the race on MNIST.
-
-    Raises:
-        InputError: The data are not there, or a setting cannot be used.
-    """
-    return run_race(settings, QUICK if settings.quick else MNIST, watcher)
-
-
-def released(settings: Settings, watcher: Watcher) -> Report:
-    """Run the race on MNIST at the settings of the released code.
-
-    Raises:
-        InputError: The data are not there, or a setting cannot be used.
-    """
-    return run_race(settings, QUICK if settings.quick else RELEASED, watcher)
-
-
-def whole(settings: Settings, watcher: Watcher) -> Report:
-    """Run the race of OCNOpt and SNOpt on MNIST.
-
-    Raises:
-        InputError: The data are not there, or a setting cannot be used.
-    """
-    quick = replace(
-        WHOLE,
-        title="DIGITS by a Neural ODE: OCNOpt beside SNOpt",
-        base=QUICK.base,
-        contenders=tuple(replace(c, lrs=c.lrs[1:]) for c in WHOLE.contenders),
-        tuning_steps=QUICK.tuning_steps,
-        seeds=QUICK.seeds,
-        validation=QUICK.validation,
-        evaluate_every=QUICK.evaluate_every,
-        notes=QUICK.notes,
-    )
-    return run_race(settings, quick if settings.quick else WHOLE, watcher)
+    quick = QUICK_WHOLE if settings.name == "ode-whole" else QUICK
+    return run_race(settings, quick if settings.quick else RACES[settings.name], watcher)
