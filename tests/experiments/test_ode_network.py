@@ -261,14 +261,7 @@ def test_races_are_tuned_alike_about_the_released_rates(race, dataset, sgd):
     assert (tuning.steps == final.steps) == (dataset == "mnist")
 
 
-def test_the_released_settings_are_not_tuned(monkeypatch, tmp_path, mnist_root):
-    asked = []
-
-    def run_grid(configs, **_):
-        asked.extend(configs)
-        return [invented(config) for config in configs]
-
-    monkeypatch.setattr("ocnopt.experiments.race.run.run_grid", run_grid)
+def test_the_released_settings_are_not_tuned(monkeypatch, tmp_path, mnist_root, asked):
     monkeypatch.setattr("ocnopt.experiments.race.tune.run_grid", None)
     small = replace(ode_image.RELEASED.base, batch_size=16)  # there are 60 images
     monkeypatch.setitem(ode_image.RACES, "ode-released", replace(ode_image.RELEASED, base=small))
@@ -323,16 +316,22 @@ def invented(config):
     )
 
 
-@pytest.mark.parametrize("name", ["ode-image", "ode-mnist", "ode-whole"])
-def test_the_small_version_needs_no_files(monkeypatch, tmp_path, name):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The runs that a race asks for; their results are invented."""
+    found = []
 
     def run_grid(configs, **_):
-        asked.extend(configs)
+        found.extend(configs)
         return [invented(config) for config in configs]
 
-    monkeypatch.setattr("ocnopt.experiments.race.run.run_grid", run_grid)
-    monkeypatch.setattr("ocnopt.experiments.race.tune.run_grid", run_grid)
+    for module in ("run", "tune"):
+        monkeypatch.setattr(f"ocnopt.experiments.race.{module}.run_grid", run_grid)
+    return found
+
+
+@pytest.mark.parametrize("name", ["ode-image", "ode-mnist", "ode-whole"])
+def test_the_small_version_needs_no_files(tmp_path, name, asked):
     report = runner.reproduce(Settings(name, tmp_path, data_root=tmp_path, quick=True))
     assert {(c.steps, c.validation) for c in asked} == {(22, 0.1), (44, 0.0)}
     labels = ["SNOpt", "OCNOpt"] if name == "ode-whole" else ["Adam", "SGD", "SNOpt"]
