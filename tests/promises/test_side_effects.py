@@ -336,3 +336,25 @@ def test_actual_decrease_is_measured_on_what_the_criterion_saw(seen):
     else:
         assert actual == pytest.approx(float(before - after), abs=1e-6)
         assert actual > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"momentum": 0.9}], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_are_the_loops(name, options):
+    """A step works in tensors of its own: what it reads may be read again after it."""
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion, **options)
+    for i in range(2):
+        x, y = batch(seed=i)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        kept = [p.grad.clone() for p in model.parameters()]
+        state = {id(v): v.clone() for s in optimizer.state.values() for v in tensors(s)}
+        held = [v for s in optimizer.state.values() for v in tensors(s)]
+        optimizer.step()
+        assert all(torch.equal(a, p.grad) for a, p in zip(kept, model.parameters(), strict=True))
+        assert all(torch.equal(state[id(v)], v) for v in held)
+
+
+def tensors(state):
+    return [v for v in state.values() if isinstance(v, torch.Tensor)]

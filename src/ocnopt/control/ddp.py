@@ -20,9 +20,10 @@ from ocnopt.control.room import room
 from ocnopt.control.transport import Transport, bend, layer_jacobian, state_jacobian
 from ocnopt.curvature.factorize import spd_factor
 from ocnopt.errors import GraphError, NonFiniteError
+from ocnopt.finite import all_finite
 from ocnopt.layers.base import Params
 
-__all__ = ["DDP", "Expansion", "Gains", "Passes", "Policy", "Stage", "finite", "not_finite"]
+__all__ = ["DDP", "Expansion", "Gains", "Passes", "Policy", "Stage", "not_finite"]
 
 
 @dataclass
@@ -275,7 +276,7 @@ class DDP(Passes):
         """Lines 2 to 6 of Algorithm 1; arguments as in :class:`Passes`."""
         self.expansions = {}
         policies: list[Gains | None] = []
-        if not finite(v, k):
+        if not all_finite([v, k]):
             raise not_finite(None)
         for stage in reversed(self._stages):
             v_h, k_h = stage.s.pull(v), stage.s.pull_matrix(k)
@@ -344,7 +345,7 @@ def _minimize(
         if extra is not None:
             ux = ux + control.pull(stage.g.pull_columns(extra))
         right = torch.cat([right, ux.transpose(0, 1).reshape(m, -1)], 1)
-    if not finite(right, uu):
+    if not all_finite([right, uu]):
         raise not_finite(stage.link)
     factor = spd_factor(_symmetric(uu))
     if factor is None:
@@ -390,11 +391,6 @@ def _value(
 
 def _symmetric(k: Tensor) -> Tensor:
     return (k + k.mT) / 2
-
-
-def finite(*tensors: Tensor) -> bool:
-    """Whether all their entries are."""
-    return all(bool(t.isfinite().all()) for t in tensors)
 
 
 def not_finite(link: Link | None) -> NonFiniteError:

@@ -214,7 +214,7 @@ class DenseSweep(Sweep):
             more = self.reduce(more)
         d = self.weighted(turn, excess)
         d = tuple(torch.add(a, e, alpha=turn.mover.scale) for a, e in zip(d, more, strict=True))
-        turn.delta = turn.mover.move(turn.mover.masked(d), turn.bound)
+        turn.delta = turn.mover.move(turn.mover.masked(d), turn.bound, own=True)
         return turn.delta
 
 

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from ocnopt.control.affine import Control
 from ocnopt.control.chain import Chain, Link
-from ocnopt.control.ddp import Passes, Policy, Stage, finite, not_finite
+from ocnopt.control.ddp import Passes, Policy, Stage, not_finite
 from ocnopt.control.players import Player
 from ocnopt.control.symmetric import eigenvalues
 from ocnopt.curvature.factorize import spd_factor
+from ocnopt.finite import all_finite
 from ocnopt.layers.base import Params
 from ocnopt.layers.linear import LinearLayer
 
@@ -219,7 +220,7 @@ class LowRankDDP(Passes):
 
     def backward(self, v: Tensor, k: Tensor, damping: float) -> list[_LowRankPolicy | None] | None:
         """Lines 2 to 6 of Algorithm 1; arguments as in :class:`ocnopt.control.ddp.Passes`."""
-        if not finite(v, k):
+        if not all_finite([v, k]):
             raise not_finite(None)
         z = _root(k)
         policies: list[_LowRankPolicy | None] = []
@@ -274,7 +275,7 @@ def _minimize(
     system = kind(control, z, decay + damping)
     u = control.join(control.player.params)
     q = control.total(v) / len(v) + decay * u
-    if not finite(z, q, system.matrix):
+    if not all_finite([z, q, system.matrix]):
         raise not_finite(stage.link)
     if not system.factorize():
         return None

@@ -314,7 +314,7 @@ class Sweep:
                 turn.delta = self.weighted(turn, excess, -rate)
             else:
                 d = self._gradient(turn) if idle else self._edited(turn, excess)
-                turn.delta = turn.mover.move(d, None if idle else turn.bound)
+                turn.delta = turn.mover.move(d, None if idle else turn.bound, own=not idle)
 
     def _solved_by_factors(self, turn: Turn, excess: list[Tensor]) -> Params | None:
         """``M^-1 d`` of an eigenbasis, where samples are so few that d need not be formed.

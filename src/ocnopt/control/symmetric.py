@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.errors import NonFiniteError
+from ocnopt.finite import all_finite
 
 __all__ = ["absolute", "eigenvalues", "positive_part"]
 
@@ -44,7 +45,7 @@ def eigenvalues(k: Tensor, where: str) -> tuple[Tensor, Tensor]:
     Raises:
         NonFiniteError: The matrices are not finite.
     """
-    if not bool(k.isfinite().all()):
+    if not all_finite([k]):
         raise NonFiniteError(
             f"{where} is not finite; no weight was changed. Skip this batch, lower the learning "
             "rate, or look for a division or logarithm of zero"

@@ -68,8 +68,8 @@ class Mover(Protocol):
     def finish(self, u: Params) -> Params:
         """The parameters' change for the preconditioned direction ``u = M^-1 d``."""
 
-    def move(self, d: Params, bound: float | None = None) -> Params:
-        """The parameters' change for the direction d, by the three steps above."""
+    def move(self, d: Params, bound: float | None = None, own: bool = False) -> Params:
+        """The parameters' change for d, by the three steps above; d is overwritten if ``own``."""
 
 
 @dataclass

@@ -60,9 +60,16 @@ class Preconditioner(ABC):
     def observe(self, seen: Observation) -> Metric:
         """Update ``M_t`` with this step's Bellman objective and return its inverse."""
 
-    def direction(self, metric: Metric, seen: Observation, d: Params) -> Params:
-        """The step before the learning rate: ``M^-1 d``."""
-        return metric.solve(d)
+    def direction(self, metric: Metric, seen: Observation, d: Params, own: bool = False) -> Params:
+        """The step before the learning rate: ``M^-1 d``, in new tensors unless ``M = I``.
+
+        Args:
+            metric: What :meth:`observe` returned.
+            seen: What it was given.
+            d: The direction.
+            own: Whether d may be written into.
+        """
+        return metric.solve_(d) if own else metric.solve(d)
 
     def options(self) -> dict[str, Any]:
         """Name and options as plain values, for checkpoints."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.curvature.factorize import definite, singular_bases
+from ocnopt.finite import finite_blocks
 
 __all__ = ["Coarse", "Coupling", "Many", "Pair", "couple"]
 
@@ -191,9 +192,7 @@ def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> 
 
 def _finite(correlations: Correlations) -> tuple[Correlations, int]:
     """Correlations without the groups in which one is not finite; whether there were such."""
-    sound = torch.stack(
-        [torch.isfinite(x).flatten(1).all(1) for pair in correlations.values() for x in pair]
-    ).all(0)
+    sound = torch.stack([finite_blocks(x) for pair in correlations.values() for x in pair]).all(0)
     if bool(sound.all()):
         return correlations, 0
     keep = sound[:, None, None]

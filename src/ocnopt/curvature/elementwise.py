@@ -104,10 +104,10 @@ class Adam(Preconditioner):
             square = torch.mul(state["exp_avg_sq"], beta).addcmul_(q, q, value=1 - beta)
             state["exp_avg_sq"] = square
             correction = float((1 - beta ** state["step"]) ** 0.5)
-            scales.append((square.sqrt() / correction).add_(self.eps))
+            scales.append(square.sqrt().div_(correction).add_(self.eps))
         return Diagonal(seen.rates, tuple(scales))
 
-    def direction(self, metric: Metric, seen: Observation, d: Params) -> Params:
+    def direction(self, metric: Metric, seen: Observation, d: Params, own: bool = False) -> Params:
         """``M^-1`` of the bias-corrected first moment."""
         beta = self.betas[0]
         out = []

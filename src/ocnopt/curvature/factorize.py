@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ocnopt.finite import all_finite, finite_blocks
+
 __all__ = ["Factorization", "definite", "eigenbasis", "singular_bases", "spd_factor", "spd_inverse"]
 
 #: Damping is raised tenfold at most this often before double precision is tried.
@@ -52,7 +54,7 @@ def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None)
         The inverse with its damping and the number of failed attempts.
     """
     failures = 0
-    sound = _finite(matrix)
+    sound = finite_blocks(matrix)
     if not bool(sound.any()):
         return _last_resort(matrix, previous, damping, failures + 1)
     eye = _eye_like(matrix)
@@ -73,7 +75,7 @@ def spd_inverse(matrix: Tensor, damping: Tensor, previous: Tensor | None = None)
             if bool(failing.any()):  # what is no factor cannot be inverted
                 factor = _where(~failing, factor, eye.to(dtype))
             inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
-            failing |= ~_finite(inverse)
+            failing |= ~finite_blocks(inverse)
             if not bool(failing.any()):
                 return Factorization(inverse, None, float(level.max()), failures)
             failures += 1
@@ -122,7 +124,7 @@ def singular_bases(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             u, s, vh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
         except RuntimeError:
             continue
-        if bool(torch.isfinite(u).all()) and bool(torch.isfinite(vh).all()):
+        if all_finite([u, vh]):
             return u.to(matrix.dtype), s.to(matrix.dtype), vh.mT.to(matrix.dtype)
     raise ValueError("a matrix has no singular vectors that are finite")
 
@@ -139,7 +141,7 @@ def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
         eigenvectors the spectrum is the diagonal of the matrix in that basis.
     """
     failures = 0
-    sound = _finite(matrix)
+    sound = finite_blocks(matrix)
     if bool(sound.any()) and not bool(sound.all()):
         found = eigenbasis(_where(sound, matrix, _eye_like(matrix)), previous)
         rest = eigenbasis(_where(sound, torch.full_like(matrix, torch.nan), matrix), previous)
@@ -154,7 +156,7 @@ def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
             except RuntimeError:
                 failures += 1
                 continue
-            if bool(torch.isfinite(vectors).all()):
+            if all_finite([vectors]):
                 spectrum = values.clamp_min(0).to(matrix.dtype)
                 return Factorization(vectors.to(matrix.dtype), spectrum, 0.0, failures)
             failures += 1
@@ -165,11 +167,6 @@ def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
     turned = basis.transpose(-1, -2) @ matrix @ basis
     spectrum = turned.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     return Factorization(basis, spectrum, 0.0, failures)
-
-
-def _finite(matrix: Tensor) -> Tensor:
-    """Which blocks are finite, (groups,)."""
-    return torch.isfinite(matrix).flatten(1).all(1)
 
 
 def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -42,6 +42,10 @@ class Metric:
         """``M^-1 d``; leading dimensions before a parameter's own are batches."""
         return params
 
+    def solve_(self, params: Params) -> Params:
+        """:meth:`solve`, which may write into what it is given."""
+        return self.solve(params)
+
     def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """``Q_uu^-1`` on rows (r, B, L, width) of a table, at ``index`` (B, L)."""
         return rows * self.rates[0]
@@ -104,6 +108,10 @@ class Diagonal(Metric):
     def solve(self, params: Params) -> Params:
         """Elementwise division."""
         return tuple(p / s for p, s in zip(params, self.scales, strict=True))
+
+    def solve_(self, params: Params) -> Params:
+        """The same in place."""
+        return tuple(p.div_(s) for p, s in zip(params, self.scales, strict=True))
 
     def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """Division by the scales of the rows touched."""

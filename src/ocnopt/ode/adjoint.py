@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ocnopt.finite import all_finite
 from ocnopt.ode.listener import Field, Listener, Parts
 from ocnopt.ode.sampling import Sampler, pull_back
 from ocnopt.ode.solve import Method, solve
@@ -82,7 +83,7 @@ class _Adjoint(torch.autograd.Function):
         problem: Problem = ctx.problem
         count: int = ctx.count
         t, *states = ctx.saved_tensors[: 1 + count]
-        if not all(bool(torch.isfinite(g).all()) for g in grads):
+        if not all_finite(grads):
             # Passed on, as any layer does: a loss scaler skips such a step, an optimizer names it.
             inputs = (t, *(s[0] for s in states), *problem.params)
             return (None, *(torch.full_like(x, torch.nan) for x in inputs))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 from ocnopt.errors import OcnoptError, OptionError, SolverError
+from ocnopt.finite import all_finite
 
 __all__ = ["ADAPTIVE", "METHODS", "Method", "State", "solve"]
 
@@ -116,7 +116,7 @@ def solve(
             problem = _NOT_FINITE
         raise SolverError(_message(problem, method, watched, where)) from error
     ends = (found,) if isinstance(found, Tensor) else found
-    if not all(bool(torch.isfinite(part).all()) for part in ends):
+    if not all_finite(ends):
         raise SolverError(_message(_NOT_FINITE, method, watched, where))
     return found
 
@@ -155,7 +155,7 @@ class _Watched:
             return True
         _, y, dt = self.last
         parts = (y,) if isinstance(y, Tensor) else y
-        return float(dt.detach()) != 0 and all(bool(torch.isfinite(part).all()) for part in parts)
+        return float(dt.detach()) != 0 and all_finite(parts)
 
 
 _NOT_FINITE = (

@@ -16,6 +16,7 @@ from ocnopt.control.replay import without_autocast
 from ocnopt.control.turns import Mover
 from ocnopt.curvature import Preconditioner, preconditioner
 from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
+from ocnopt.finite import all_finite
 from ocnopt.layers import Params
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes, sum_over
@@ -224,8 +225,8 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
         changes = [d for delta in deltas for d in delta]
         if not params:
             return
-        if not self._all_agree(_all_finite(changes)):
-            self._refuse([p for p, d in zip(params, changes, strict=True) if not _all_finite([d])])
+        if not self._all_agree(all_finite(changes)):
+            self._refuse([p for p, d in zip(params, changes, strict=True) if not all_finite([d])])
         torch._foreach_add_(params, changes)
         for mover in movers:
             for p, state in zip(mover.params, mover.states, strict=True):
@@ -242,7 +243,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
             self.recorder.clear()
         names: dict[Tensor, str] = {p: n for n, p in self.model.named_parameters()}
         graded = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        bad = [p for p in graded if p.grad is not None and not _all_finite([p.grad])]
+        bad = [p for p in graded if p.grad is not None and not all_finite([p.grad])]
         if not bad and updates:
             raise NonFiniteError(
                 f"the update of {names.get(updates[0], '?')!r} is not finite; no weight was "
@@ -310,10 +311,3 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
 def _check(where: str, option: str, value: object, ok: bool, wanted: str) -> None:
     if not ok:
         raise OptionError(f"{where}{option}={value!r}, but it must be {wanted}")
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every entry is finite."""
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    largest = torch._foreach_norm([t for t in dense if t.numel()], float("inf"))
-    return not largest or bool(torch.stack([n.float() for n in largest]).isfinite().all())

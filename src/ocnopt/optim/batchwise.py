@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ocnopt.control.chain import Chain
 from ocnopt.control.terminal import Criterion
 from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
+from ocnopt.finite import all_finite
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes
 
@@ -149,7 +150,7 @@ def require_finite(chain: Chain, loss: Tensor) -> None:
         return
     for link in chain.links:
         for what, tensor in (("input", link.x), ("output", link.h)):
-            if not bool(tensor.isfinite().all()):
+            if not all_finite([tensor]):
                 raise NonFiniteError(
                     f"the {what} of layer {link.player.name!r} is not finite, and so the loss; no "
                     "weight was changed. Skip this batch, or look for what made it"

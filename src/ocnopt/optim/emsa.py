@@ -14,6 +14,7 @@ from ocnopt.control.hamiltonian import AugmentedHamiltonian, costates
 from ocnopt.control.players import Player, find_players
 from ocnopt.control.replay import capture_setting, guarded
 from ocnopt.errors import GraphError, NonFiniteError, OptionError
+from ocnopt.finite import all_finite
 from ocnopt.layers.base import Params
 from ocnopt.optim.base import Coverage
 from ocnopt.optim.batchwise import BatchOptimizer, is_count, is_number, require, require_finite
@@ -176,7 +177,7 @@ class EMSA(BatchOptimizer):
                 why = {u.name: u.reason for u in find_players(self.model)[1]}
                 _refuse(name, why.get(name, "used without calling its layer"))
         slope = torch.zeros_like(chain.output) if found[0] is None else found[0]
-        if not bool(slope.isfinite().all()):
+        if not all_finite([slope]):
             raise NonFiniteError(
                 "the criterion's gradient in the output of the last layer, "
                 f"{chain.links[-1].player.name!r}, is not finite; no weight was changed. Skip this "
@@ -202,7 +203,7 @@ class EMSA(BatchOptimizer):
         for t in range(len(chain.links) - 1, -1, -1):
             link, here, after = chain.links[t], p[t], p[t + 1]
             assert after is not None
-            if here is not None and not bool(here.isfinite().all()):
+            if here is not None and not all_finite([here]):
                 raise NonFiniteError(
                     f"the co-state at the input of layer {link.player.name!r} (the cost's gradient "
                     "there) is not finite; no weight was changed. Skip this batch, or look for a "
@@ -246,7 +247,7 @@ class EMSA(BatchOptimizer):
                     assert part.grad is not None
                     part.add_(part.grad, alpha=-float(group["lr"]))
         solution = tuple(part.detach() for part in u)
-        if not all(bool(part.isfinite().all()) for part in solution):
+        if not all_finite(solution):
             raise NonFiniteError(
                 f"the minimization for layer {player.name!r} left the finite numbers; no weight "
                 "was changed. Raise rho, or lower inner_steps or lr"

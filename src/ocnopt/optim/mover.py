@@ -131,16 +131,18 @@ class ParamMover:
         """``-eta u``, and nothing else."""
         return tuple(part * -rate for part, rate in zip(u, self.rates, strict=True))
 
-    def move(self, d: Params, bound: float | None = None) -> Params:
+    def move(self, d: Params, bound: float | None = None, own: bool = False) -> Params:
         """The parameters' change for the direction d; momentum is updated.
 
         Args:
             d: The direction.
             bound: The bound on feedback, or None.
+            own: Whether d may be written into. On wide layers new tensors cost more than what is
+                computed in them.
         """
-        return self.finish(self.solve(self.limited(d, bound)))
+        return self.finish(self.solve(self.limited(d, bound, own), own))
 
-    def limited(self, d: Params, bound: float | None = None) -> Params:
+    def limited(self, d: Params, bound: float | None = None, own: bool = False) -> Params:
         """The direction as M is to see it: with weight decay where that comes first, and bounded.
 
         An adaptive M is small where samples cancel; what feedback adds need not cancel, and would
@@ -150,22 +152,33 @@ class ParamMover:
         Args:
             d: The direction.
             bound: The bound on feedback, or None.
+            own: Whether d may be written into.
         """
         d = self._decayed(d) if self.preconditioner.decay_first else d
-        if bound is not None and self._mean is not None and self.preconditioner.adaptive:
-            limits = [part.abs().mul_(1 + bound) for part in self._mean]
-            d = tuple(part.clamp(-most, most) for part, most in zip(d, limits, strict=True))
-        return d
+        if bound is None or self._mean is None or not self.preconditioner.adaptive:
+            return d
+        out = []
+        for part, mean in zip(d, self._mean, strict=True):
+            most = mean.abs().mul_(1 + bound)
+            part = part.clamp_(max=most) if own else part.clamp(max=most)
+            out.append(part.clamp_(min=most.neg_()))
+        return tuple(out)
 
-    def solve(self, d: Params) -> Params:
-        """``M^-1 d``, for a direction that was :meth:`limited`."""
+    def solve(self, d: Params, own: bool = False) -> Params:
+        """``M^-1 d``, for a direction that was :meth:`limited`.
+
+        Args:
+            d: The direction.
+            own: Whether it may be written into.
+        """
         assert self._metric is not None and self._seen is not None
-        return self.preconditioner.direction(self._metric, self._seen, d)
+        return self.preconditioner.direction(self._metric, self._seen, d, own)
 
     def finish(self, u: Params) -> Params:
         """The parameters' change for ``u = M^-1 d``; momentum is updated."""
         if not self.preconditioner.decay_first:
             u = self._decayed(u)
+        own = not self.plain  # else it may be the gradient itself
         out = []
         for part, group, state, rate in zip(u, self.groups, self.states, self.rates, strict=True):
             momentum = group["momentum"]
@@ -173,5 +186,5 @@ class ParamMover:
                 buffer = state.get("momentum_buffer")
                 part = part if buffer is None else torch.mul(buffer, momentum).add_(part)
                 state["momentum_buffer"] = part
-            out.append(part * -rate)
+            out.append(part.mul_(-rate) if own and not momentum else part * -rate)
         return tuple(out)

@@ -21,6 +21,7 @@ from ocnopt.control.replay import capture_setting, guarded
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.curvature.metric import to_float
 from ocnopt.errors import OptionError
+from ocnopt.finite import all_finite
 from ocnopt.layers.base import Params
 from ocnopt.optim.base import Coverage
 from ocnopt.optim.batchwise import BatchOptimizer, is_number, require, require_finite
@@ -245,8 +246,8 @@ class VanillaDDP(BatchOptimizer):
             output, new = ddp.forward(policies, alphas)
             value = float(criterion.forward(output, *targets))
             actual = before - value - _running_cost(decays, new)
-            finite = math.isfinite(actual) and all(
-                bool(p.isfinite().all()) for params in new.values() for p in params
+            finite = math.isfinite(actual) and all_finite(
+                p for params in new.values() for p in params
             )
             if trial == 0:
                 row = _with(row, predicted, actual)
