@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import ocnopt
-from ocnopt.control import cooperation
-from ocnopt.curvature.frames import enter_factors
+from ocnopt.curvature.frames import EigenFrame, KroneckerFrame
 from ocnopt.curvature.kronecker import EKFAC, KFAC
 from ocnopt.layers.base import MatrixLayer
 
@@ -43,7 +42,9 @@ def trained(monkeypatch, by_factors, rule, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(MatrixLayer, "factors", watching("alone", MatrixLayer.factors))
-        patch.setattr(cooperation, "enter_factors", watching("jointly", enter_factors))
+        for frame in (EigenFrame, KroneckerFrame):
+            jointly = watching("jointly", frame.gram_and_enter_factors)
+            patch.setattr(frame, "gram_and_enter_factors", jointly)
         if not by_factors:
             patch.setattr(MatrixLayer, "few_locations", lambda *args, **kwargs: False)
         for i in range(6):

@@ -196,12 +196,26 @@ def test_impossible_correlations_are_scaled_down_and_counted():
     assert pair.failures == 2
     assert float((1 - 1 / (1 + pair.own)).max()) == pytest.approx(MOST**4)
     signs = {(0, 1): 1.0, (0, 2): 1.0, (1, 2): -1.0}
-    many = couple({key: (a * s / 1.7, b * 0.5) for key, s in signs.items()}, 3)
+    many = couple({key: (a * s / 1.7, b * 0.9) for key, s in signs.items()}, 3)
     assert many.failures > 0
     ys = [torch.randn(1, 2, 3, dtype=torch.float64) for _ in range(3)]
     back = many.times(many.solve(ys))
     for mine, y in zip(back, ys, strict=True):
         torch.testing.assert_close(mine, y, rtol=1e-8, atol=1e-8)
+
+
+def test_correlations_too_weak_to_do_harm_are_left_as_they_are():
+    """No data have these inputs, but with such outputs C is positive definite all the same."""
+    a, b = (torch.eye(n, dtype=torch.float64)[None] for n in (3, 2))
+    signs = {(0, 1): 1.0, (0, 2): 1.0, (1, 2): -1.0}
+    many = couple({key: (a * s / 1.7, b * 0.5) for key, s in signs.items()}, 3)
+    assert many.failures == 0
+    assert many.strength < 1
+    columns = torch.eye(18, dtype=torch.float64).view(18, 3, 1, 2, 3).unbind(1)
+    dense = torch.stack(many.times(list(columns)), 1).view(18, 18)
+    values = torch.linalg.eigvalsh(dense)
+    assert float(values[0]) > 1 - many.strength - 1e-12
+    assert float(values[-1]) < 1 + many.strength + 1e-12
 
 
 @pytest.mark.parametrize("players", [2, 3])

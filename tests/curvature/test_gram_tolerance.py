@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ocnopt.curvature.metric import Eigen
+from ocnopt.curvature.eigen import Eigen
 from ocnopt.layers.conv import ConvLayer
 from ocnopt.layers.linear import LinearLayer
 
@@ -80,3 +80,29 @@ def test_a_gradient_along_the_largest_direction_is_measured_to_the_tolerance(rat
     assert metric._salient[3] is not None
     rough = metric.sample_gram(layer.from_matrix(gradients.float()[:, None, None]))[:, 0, 0]
     assert float(((rough - exact) / exact).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+@pytest.mark.parametrize("by", ["gradients", "factors"])
+def test_rotated_once_for_gram_numbers_and_for_others(by, tolerance):
+    """What two look at is what each would see alone, and no Gram number is less exact for it."""
+    torch.manual_seed(1)
+    layer = ConvLayer(nn.Conv2d(9, 40, 3), ("weight", "bias"))
+    parts = bases(layer, 82, 40, torch.float64)
+    _, _, basis_a, basis_b, _ = parts
+    rows = torch.randn(1, 7, 3, 82, dtype=torch.float64)
+    cols = torch.randn(2, 1, 7, 3, 40, dtype=torch.float64)
+    matrix = torch.einsum("kgblo,gbli->bkgoi", cols, rows)
+    gradients = layer.from_matrix(matrix)
+    inputs = torch.tensor([0, 5, 40, 81])
+    metric = Eigen(*parts, tolerance)
+    assert (metric._salient[3] is None) == (tolerance == 0)
+    if by == "gradients":
+        gram, turned = metric.sample_gram_and_rotated(gradients, inputs)
+    else:
+        gram, turned = metric.factor_gram_and_rotated(rows, cols, inputs)
+    whole = basis_b.mT @ matrix @ basis_a
+    torch.testing.assert_close(turned, whole[..., inputs], rtol=1e-10, atol=1e-10)
+    exact = Eigen(*parts, 0.0).sample_gram(gradients)
+    size = exact.diagonal(dim1=1, dim2=2).max()
+    assert float((gram - exact).abs().max() / size) <= max(tolerance, 1e-12)

@@ -21,9 +21,10 @@ from ocnopt.control.cross import cross_factors, update_cross_factors
 from ocnopt.control.trace import ALL, Trace
 from ocnopt.control.turns import Moments, Turn
 from ocnopt.curvature.coupling import Coarse, Coupling, couple
-from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame, enter_factors
+from ocnopt.curvature.eigen import Eigen
+from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame
 from ocnopt.curvature.kronecker import Factored
-from ocnopt.curvature.metric import Eigen, Kronecker
+from ocnopt.curvature.metric import Kronecker
 from ocnopt.layers.base import CHUNK, Params
 
 __all__ = ["Cooperation", "Joined", "Known"]
@@ -207,22 +208,20 @@ class Cooperation:
         size = sum(trace.layer.numel * trace.rank for trace in traces)
         step = max(1, CHUNK // size)
         members = list(zip(self.turns, traces, self.frames, coarse.inputs, strict=True))
-        sides = [frame.sides(inputs) for _, _, frame, inputs in members]
         parts = []
         for start in range(0, batch.samples, step):
             part = ALL if step >= batch.samples else slice(start, start + step)
             ys, own = [], []
-            for (turn, trace, frame, inputs), turned in zip(members, sides, strict=True):
+            for turn, trace, frame, inputs in members:
                 assert turn.metric is not None
                 factors = trace.factors(part)
                 if factors is not None:
-                    own.append(turn.metric.factor_gram(*factors))
-                    ys.append(enter_factors(turned, *factors))
-                    continue
-                layer: Any = trace.layer
-                gradients = trace.sample_columns(part)
-                own.append(turn.metric.sample_gram(gradients))
-                ys.append(frame.enter(layer.to_matrix(gradients).to(frame.dtype), inputs))
+                    gram, y = frame.gram_and_enter_factors(turn.metric, *factors, inputs)
+                else:
+                    gradients = trace.sample_columns(part)
+                    gram, y = frame.gram_and_enter(turn.metric, gradients, inputs)
+                own.append(gram)
+                ys.append(y)
             total = torch.stack(own).sum(0)
             parts.append(total + coarse.coupling.added(ys).sum(1) * self._rate)
         return torch.cat(parts)

@@ -10,6 +10,7 @@ cost directions. In the linear rollout that is the sum over those players of
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from ocnopt.control.bellman import PROPORTIONAL, pull_back, pull_back_all, pull_
 from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.trace import outer_norms
 from ocnopt.control.turns import Group, Turn
-from ocnopt.control.views import Views
-from ocnopt.curvature.metric import Eigen
+from ocnopt.control.views import InputMoments, Views
+from ocnopt.curvature.eigen import Eigen
 from ocnopt.layers.base import Params, add_all
 
 __all__ = ["Sweep"]
@@ -258,7 +259,7 @@ class Sweep:
         sums: list[tuple[Tensor, ...] | None] = [None] * len(pairs)
         turns = list({id(turn): turn for pair in pairs for turn in pair}.values())
         for i, batch in enumerate(self.batches):
-            views = Views(batch, turns, self._coefficients(i, turns))
+            views = Views(batch, turns, self._coefficients(i, turns), self._inputs[i])
             for place, (one, other) in enumerate(pairs):
                 parts: Params | None = views.moments(one, other)
                 if parts is not None:
@@ -271,6 +272,11 @@ class Sweep:
             networks = one.player.layer.networks
             found.append((a / (seen / networks), b / (self.samples / networks)))
         return found
+
+    @cached_property
+    def _inputs(self) -> list[InputMoments]:
+        factored = [turn for turn in self.turns if turn.mover.preconditioner.factored]
+        return [InputMoments(batch, factored) for batch in self.batches]
 
     def _coefficients(self, i: int, turns: list[Turn]) -> list[Tensor]:
         """Of the recorded columns, such that they make the signals that M is built from."""

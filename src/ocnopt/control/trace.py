@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ocnopt.control.passes import Use
 from ocnopt.control.players import Player
-from ocnopt.curvature.metric import Eigen, Metric
+from ocnopt.curvature.eigen import Eigen
+from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import MatrixLayer, Params, add_all
 from ocnopt.layers.linear import LinearLayer
 
@@ -279,7 +280,7 @@ class Trace:
     def input_key(self) -> Hashable:
         """The same for traces whose :meth:`rows` are the same, while these traces live."""
         tensors = tuple((a.data_ptr(), a.shape, a.stride()) for a in self.features)
-        return tensors, self.layer.row_key, tuple(self.folds)
+        return tensors, self.dtype, self.layer.row_key, tuple(self.folds)
 
 
 def outer_norms(traces: list[Trace], metrics: list[Metric]) -> Tensor:

@@ -120,12 +120,19 @@ class Many(Coupling):
 
     def __init__(self, correlations: Correlations, players: int, tolerance: float = 0.0) -> None:
         self.tolerance = tolerance
-        a, _ = next(iter(correlations.values()))
+        self.correlations = correlations
+        self.strength = _strength(correlations, players)
+        if self.strength >= 1:  # else C is positive definite
+            self._scale_down(players)
+
+    def _scale_down(self, players: int) -> None:
+        """Until both sides' correlations are those of some data."""
+        a, _ = next(iter(self.correlations.values()))
         scale = a.new_ones(a.shape[0], 1, 1)
         for _ in range(RAISES):
             wrong = ~(
-                _definite(correlations, players, 0, scale)
-                & _definite(correlations, players, 1, scale)
+                _definite(self.correlations, players, 0, scale)
+                & _definite(self.correlations, players, 1, scale)
             )
             if not bool(wrong.any()):
                 break
@@ -133,16 +140,11 @@ class Many(Coupling):
             self.failures += 1
         else:
             scale = torch.where(wrong[:, None, None], 0, scale)
-        self.correlations = {
-            pair: (a * scale, b * scale) if self.failures else (a, b)
-            for pair, (a, b) in correlations.items()
-        }
-        rows = [0.0] * players
-        for pair, (a, b) in self.correlations.items():
-            norm = float(_norm_bound(a) * _norm_bound(b))
-            for n in pair:
-                rows[n] += norm
-        self.strength = max(rows)
+        if self.failures:
+            self.correlations = {
+                pair: (a * scale, b * scale) for pair, (a, b) in self.correlations.items()
+            }
+            self.strength = _strength(self.correlations, players)
 
     def times(self, ys: list[Tensor]) -> list[Tensor]:
         """``C y``."""
@@ -201,6 +203,16 @@ def _finite(correlations: Correlations) -> tuple[Correlations, int]:
         for pair, (a, b) in correlations.items()
     }
     return kept, 1
+
+
+def _strength(correlations: Correlations, players: int) -> float:
+    """At least the norm of all correlations together: the greatest sum over one player's."""
+    rows = [0.0] * players
+    for pair, (a, b) in correlations.items():
+        norm = float(_norm_bound(a) * _norm_bound(b))
+        for n in pair:
+            rows[n] += norm
+    return max(rows)
 
 
 def _norm_bound(matrix: Tensor) -> Tensor:
@@ -284,13 +296,14 @@ def conjugate_gradients(
     Returns:
         The solutions.
     """
-    xs = [torch.zeros_like(y) for y in ys]
-    goal = _dot(ys, ys) * tolerance**2
-    for step, ps, size in _descents(times, ys):
-        xs = [x + step * p for x, p in zip(xs, ps, strict=True)]
+    y = _flat(ys)
+    x = torch.zeros_like(y)
+    goal = torch.linalg.vecdot(y, y) * tolerance**2
+    for step, p, size in _descents(times, ys):
+        x = torch.addcmul(x, step, p)
         if not bool((size > goal).any()):
             break
-    return xs
+    return _apart(x, ys)
 
 
 def quadratic_form(
@@ -306,10 +319,11 @@ def quadratic_form(
     Returns:
         (..., groups).
     """
-    total = torch.zeros_like(_dot(ys, ys))
-    before = _dot(ys, ys)
+    y = _flat(ys)
+    before = torch.linalg.vecdot(y, y)
+    total = torch.zeros_like(before)
     for step, _, size in _descents(times, ys):
-        more = step[..., 0, 0] * before
+        more = step[..., 0] * before
         total, before = total + more, size
         if not bool((more > tolerance * total).any()):
             break
@@ -318,27 +332,33 @@ def quadratic_form(
 
 def _descents(
     times: Callable[[list[Tensor]], list[Tensor]], ys: list[Tensor]
-) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-    """Steps of conjugate gradients from zero: length, direction, the residual's square after it."""
-    rs = ps = ys
-    size = _dot(rs, rs)
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Steps of conjugate gradients from zero: length, direction, the residual's square after it.
+
+    The players' matrices lie side by side in one vector: few operations, where they are small.
+    """
+    r = p = _flat(ys)
+    size = torch.linalg.vecdot(r, r)
     for _ in range(STEPS):
-        cs = times(ps)
-        along = _dot(ps, cs)
+        c = _flat(times(_apart(p, ys)))
+        along = torch.linalg.vecdot(p, c)
         # A system that is solved, or so small that its squares vanish, stays as it is.
         going = ~(along <= 0)  # what is not finite goes on, to be seen
-        step = torch.where(going, size / along, 0)[..., None, None]
-        rs = [r - step * c for r, c in zip(rs, cs, strict=True)]
-        new = _dot(rs, rs)
-        yield step, ps, new
-        turn = torch.where(going, new / size, 0)[..., None, None]
-        ps = [r + turn * p for r, p in zip(rs, ps, strict=True)]
+        step = torch.where(going, size / along, 0)[..., None]
+        r = torch.addcmul(r, step, c, value=-1)
+        new = torch.linalg.vecdot(r, r)
+        yield step, p, new
+        turn = torch.where(going, new / size, 0)[..., None]
+        p = torch.addcmul(r, turn, p)
         size = new
 
 
-def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    parts = [(x * y).sum((-2, -1)) for x, y in zip(left, right, strict=True)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _flat(ys: list[Tensor]) -> Tensor:
+    """Players' matrices (..., out, in) as one vector (..., n)."""
+    return torch.cat([y.flatten(-2) for y in ys], -1)
+
+
+def _apart(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`_flat`, as views."""
+    parts = flat.split([y.shape[-2] * y.shape[-1] for y in like], -1)
+    return [part.unflatten(-1, y.shape[-2:]) for part, y in zip(parts, like, strict=True)]

@@ -13,11 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ocnopt.curvature.eigen import Eigen, rotated_factors
 from ocnopt.curvature.factorize import spd_factor
 from ocnopt.curvature.kronecker import split_damping
-from ocnopt.curvature.metric import Eigen, Kronecker, by_group
+from ocnopt.curvature.metric import Kronecker, Metric
+from ocnopt.layers.base import Params
 
-__all__ = ["EigenFrame", "Frame", "KroneckerFrame", "enter_factors"]
+__all__ = ["EigenFrame", "Frame", "KroneckerFrame"]
 
 
 class Frame(ABC):
@@ -41,6 +43,34 @@ class Frame(ABC):
     @abstractmethod
     def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
         """``W^-T d``, of all coordinates of the inputs or of some."""
+
+    @abstractmethod
+    def gram_and_enter(
+        self, metric: Metric, gradients: Params, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The player's own Gram matrices, and :meth:`enter` for some of the inputs.
+
+        Args:
+            metric: The player's, at its present learning rate.
+            gradients: Per sample, (B, r, *parameter).
+            inputs: Indices in ascending order.
+
+        Returns:
+            (B, r, r) and (B, r, groups, out, kept).
+        """
+
+    @abstractmethod
+    def gram_and_enter_factors(
+        self, metric: Metric, rows: Tensor, cols: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of per-sample gradients that are sums of outer products over locations.
+
+        Args:
+            metric: As above.
+            rows: Inputs (groups, B, L, in).
+            cols: Columns (r, groups, B, L, out).
+            inputs: As above.
+        """
 
     @abstractmethod
     def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -106,6 +136,22 @@ class KroneckerFrame(Frame):
         a_root = self.a_root if inputs is None else self.a_root[:, :, inputs]
         return self.b_root.mT @ (matrix @ a_root)
 
+    def gram_and_enter(
+        self, metric: Metric, gradients: Params, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each by itself."""
+        assert isinstance(metric, Kronecker)
+        matrix = metric.layer.to_matrix(gradients).to(self.dtype)
+        return metric.sample_gram(gradients), self.enter(matrix, inputs)
+
+    def gram_and_enter_factors(
+        self, metric: Metric, rows: Tensor, cols: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each by itself."""
+        a_root, b_root, _ = self.sides(inputs)
+        turned = rotated_factors(rows.to(self.dtype), cols.to(self.dtype), a_root, b_root)
+        return metric.factor_gram(rows, cols), turned
+
     def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """The roots, and one."""
         return self.a_root[:, :, inputs], self.b_root, 1.0
@@ -164,6 +210,22 @@ class EigenFrame(Frame):
             basis, scales = basis[:, :, inputs], scales[:, :, inputs]
         return (self.metric.basis_b.mT @ (matrix @ basis)) / scales
 
+    def gram_and_enter(
+        self, metric: Metric, gradients: Params, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both from gradients that are rotated once."""
+        assert isinstance(metric, Eigen)
+        gram, turned = metric.sample_gram_and_rotated(gradients, inputs)
+        return gram, turned / self.scales[:, :, inputs]
+
+    def gram_and_enter_factors(
+        self, metric: Metric, rows: Tensor, cols: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both from factors that are rotated once."""
+        assert isinstance(metric, Eigen)
+        gram, turned = metric.factor_gram_and_rotated(rows, cols, inputs)
+        return gram, turned / self.scales[:, :, inputs]
+
     def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """The bases, and the root of the scales."""
         basis_a, basis_b = self.metric.basis_a, self.metric.basis_b
@@ -172,26 +234,6 @@ class EigenFrame(Frame):
     def leave(self, matrix: Tensor) -> Tensor:
         """``U_B (Y / sqrt(scales)) U_A^T``."""
         return self.metric.basis_b @ (matrix / self.scales) @ self.metric.basis_a.mT
-
-
-def enter_factors(
-    sides: tuple[Tensor, Tensor, Tensor | float], rows: Tensor, cols: Tensor
-) -> Tensor:
-    """:meth:`Frame.enter` of per-sample gradients that are sums of outer products over locations.
-
-    Args:
-        sides: What :meth:`Frame.sides` gave.
-        rows: Inputs (groups, B, L, in).
-        cols: Columns (r, groups, B, L, out).
-
-    Returns:
-        (B, r, groups, out, kept).
-    """
-    a_basis, b_basis, scales = sides
-    turned = by_group(cols.to(b_basis.dtype), b_basis).mT @ by_group(
-        rows.to(a_basis.dtype), a_basis
-    )
-    return turned.permute(2, 0, 1, 3, 4) / scales
 
 
 def _scaled_basis(basis: Tensor, factor: Tensor, level: Tensor) -> Tensor:

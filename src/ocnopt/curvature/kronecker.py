@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ocnopt.curvature.base import Observation, Preconditioner, State
+from ocnopt.curvature.eigen import Eigen
 from ocnopt.curvature.factorize import eigenbasis, spd_inverse
-from ocnopt.curvature.metric import Eigen, Kronecker, Metric
+from ocnopt.curvature.metric import Kronecker, Metric
 
 
 @dataclass(frozen=True)

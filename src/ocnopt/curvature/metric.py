@@ -6,7 +6,6 @@ matrix ``P_u^T Q_uu^-1 P_u`` with ``Q_uu = M / eta``. It holds the learning rate
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +16,6 @@ if TYPE_CHECKING:
     from ocnopt.layers.linear import LinearLayer
 
 Rates = tuple[float, ...]
-
-
-#: Below so many entries a matrix is faster multiplied than looked through.
-SMALL = 1 << 11
 
 
 class Metric:
@@ -69,7 +64,7 @@ class Metric:
         Returns:
             (B, r, r).
         """
-        return _over_locations(rows, rows, cols, cols) * self.rates[0]
+        return over_locations(rows, rows, cols, cols) * self.rates[0]
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """Gram matrix of outer products ``P_u = a (x) P_h`` at one location per sample.
@@ -155,164 +150,16 @@ class Kronecker(Metric):
         """``sum_lm (a_l^T A^-1 a_m) (p_l^T B^-1 p'_m)``."""
         rows, cols = rows.to(self.a_inverse.dtype), cols.to(self.a_inverse.dtype)
         rows_m, cols_m = by_group(rows, self.a_inverse), by_group(cols, self.b_inverse)
-        return _over_locations(rows, rows_m, cols, cols_m) * self.rates[0]
+        return over_locations(rows, rows_m, cols, cols_m) * self.rates[0]
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """``(a^T A^-1 a) (p^T B^-1 p')``."""
         rows = layer.homogeneous(a)
         rows_m = layer.times(rows.to(self.a_inverse.dtype), self.a_inverse).to(rows.dtype)
-        columns_m = _each_column(layer, columns.to(self.b_inverse.dtype), self.b_inverse)
+        columns_m = each_column(layer, columns.to(self.b_inverse.dtype), self.b_inverse)
         columns_m = columns_m.to(columns.dtype)
         size = (rows * rows_m).sum(-1).mul_(self.rates[0])
         return gram_of(columns, columns_m) * size[:, None, None]
-
-
-class Eigen(Metric):
-    """``M`` diagonal in a Kronecker-factored eigenbasis (George et al. 2018).
-
-    Args:
-        rates: As above; all equal.
-        layer: The layer.
-        basis_a: Orthonormal columns (groups, in, in).
-        basis_b: (groups, out, out).
-        scales: Eigenvalues with damping added, (groups, out, in).
-        tolerance: Relative error allowed in Gram numbers. Most eigenvalues are far below the
-            damping: what a gradient has in their directions is known from its norm, and need not
-            be looked at one by one.
-    """
-
-    def __init__(
-        self,
-        rates: Rates,
-        layer: object,
-        basis_a: Tensor,
-        basis_b: Tensor,
-        scales: Tensor,
-        tolerance: float = 0.0,
-    ) -> None:
-        super().__init__(rates)
-        self.tolerance = tolerance
-        self.layer: LinearLayer = layer  # type: ignore[assignment]
-        self.basis_a = basis_a
-        self.basis_b = basis_b
-        self.scales = scales
-        self._rotated: tuple[Params, Tensor] | None = None
-        self._turned: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-
-    def rotate(self, params: Params) -> Tensor:
-        """``U_B^T D U_A``, (..., groups, out, in).
-
-        The last result is kept: without feedback the direction is what the eigenvalues were
-        corrected with.
-        """
-        if self._rotated is None or self._rotated[0] is not params:
-            matrix = self.layer.to_matrix(params).to(self.basis_b.dtype)
-            turned = self.basis_b.transpose(-1, -2) @ matrix @ self.basis_a
-            self._rotated = (params, turned)
-        return self._rotated[1]
-
-    def turn_factors(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of gradients ``P_h [a; 1]^T`` in the eigenbasis; the last result is kept.
-
-        Args:
-            layer: A linear layer.
-            a: Inputs (B, in).
-            columns: (r, B, out).
-
-        Returns:
-            ``[a; 1] U_A`` (B, in), ``P_h U_B`` (r, B, out).
-        """
-        if self._turned is None or self._turned[0] is not a or self._turned[1] is not columns:
-            dtype = self.basis_a.dtype
-            rows = layer.times(layer.homogeneous(a).to(dtype), self.basis_a)
-            self._turned = (a, columns, rows, _each_column(layer, columns.to(dtype), self.basis_b))
-        return self._turned[2:]
-
-    def sample_gram(self, gradients: Params) -> Tensor:
-        """Per-sample gradients are rotated once; in the eigenbasis M is diagonal."""
-        matrix = self.layer.to_matrix(gradients).to(self.basis_b.dtype)
-        basis_a, basis_b, scales, floor = self._salient
-        kept = (basis_b.mT @ (matrix @ basis_a)).flatten(2)
-        product = kept @ (kept / scales.flatten()).mT
-        if floor is not None:
-            product += _rest(_squares(matrix.flatten(2)), _squares(kept)) / floor
-        return product.to(gradients[0].dtype) * self.rates[0]
-
-    def factor_gram(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Gradients are formed in the eigenbasis, of rotated factors, where M is diagonal."""
-        rows, cols = rows.to(self.basis_a.dtype), cols.to(self.basis_a.dtype)
-        basis_a, basis_b, scales, floor = self._salient
-        turned = by_group(cols, basis_b).mT @ by_group(rows, basis_a)  # (r, groups, B, out, in)
-        kept = turned.permute(2, 0, 1, 3, 4).flatten(2)
-        product = kept @ (kept / scales.flatten()).mT
-        if floor is not None:
-            product += _rest(_over_locations(rows, rows, cols, cols), _squares(kept)) / floor
-        return product * self.rates[0]
-
-    @cached_property
-    def _salient(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The directions in which M is more than its smallest entry, and that entry.
-
-        Without it in every other direction, an error of at most ``tolerance`` in Gram numbers; None
-        where all directions are kept.
-        """
-        everything = self.basis_a, self.basis_b, self.scales, None
-        if not self.tolerance or self.scales[0].numel() < SMALL:
-            return everything
-        floor, most = self.scales.aminmax()
-        # The rest is a difference of squares, whose rounding the floor magnifies.
-        if float(most / floor) * _rounding(self.scales) > 0.1 * self.tolerance:
-            return everything
-        above = self.scales > floor * (1 + self.tolerance)
-        inputs = above.any(0).any(0).nonzero()[:, 0]
-        outputs = above.any(0).any(1).nonzero()[:, 0]
-        if len(inputs) * len(outputs) > above.shape[1] * above.shape[2] / 2:
-            return everything
-        return (
-            self.basis_a[:, :, inputs],
-            self.basis_b[:, :, outputs],
-            self.scales[:, outputs[:, None], inputs],
-            floor,
-        )
-
-    def solve(self, params: Params) -> Params:
-        """``U_B [(U_B^T D U_A) / scales] U_A^T``."""
-        return self._turn_back(self.rotate(params), params[0].dtype)
-
-    def solve_sum(self, base: Params, parts: list[tuple[Tensor, Tensor]]) -> Params:
-        """``M^-1 (D + sum of g^T a)``, which is never formed.
-
-        Args:
-            base: D.
-            parts: Rotated factors of what is added: ``a`` (B, in) and ``g`` (B, out).
-        """
-        turned = self.rotate(base)
-        for rows, cols in parts:
-            turned = torch.baddbmm(turned, cols.mT[None], rows[None])
-        return self._turn_back(turned, base[0].dtype)
-
-    def _turn_back(self, turned: Tensor, dtype: torch.dtype) -> Params:
-        """``U_B (turned / scales) U_A^T``."""
-        work = self.basis_b @ (turned / self.scales) @ self.basis_a.transpose(-1, -2)
-        return self.layer.from_matrix(work.to(dtype))
-
-    def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
-        """The diagonal's formula, on rotated factors."""
-        dtype = self.basis_a.dtype
-        basis_a, basis_b, scales, floor = self._salient
-        if floor is None:
-            rows, turned = self.turn_factors(layer, a, columns)
-        else:
-            inputs, signals = layer.homogeneous(a).to(dtype), columns.to(dtype)
-            rows = layer.times(inputs, basis_a)
-            turned = _each_column(layer, signals, basis_b)
-        squares = rows.square()
-        product = gram_of(turned, turned * layer.times(squares, scales.reciprocal().mT))
-        if floor is not None:
-            whole = torch.linalg.vecdot(inputs, inputs)[:, None, None] * gram_of(signals, signals)
-            kept = squares.sum(-1)[:, None, None] * gram_of(turned, turned)
-            product = product + _rest(whole, kept) / floor
-        return product.to(columns.dtype) * self.rates[0]
 
 
 def by_group(x: Tensor, matrices: Tensor) -> Tensor:
@@ -322,7 +169,7 @@ def by_group(x: Tensor, matrices: Tensor) -> Tensor:
     return flat.view(*lead, groups, samples, locations, -1)
 
 
-def _over_locations(rows: Tensor, rows_m: Tensor, cols: Tensor, cols_m: Tensor) -> Tensor:
+def over_locations(rows: Tensor, rows_m: Tensor, cols: Tensor, cols_m: Tensor) -> Tensor:
     """``sum_lm (a_l . a_m') (p_l . p_m')`` over locations and groups, (B, r, r).
 
     Args:
@@ -336,29 +183,7 @@ def _over_locations(rows: Tensor, rows_m: Tensor, cols: Tensor, cols_m: Tensor) 
     return left @ right.mT
 
 
-def _squares(vectors: Tensor) -> Tensor:
-    """Inner products of vectors (B, r, n) with each other, (B, r, r)."""
-    if vectors.shape[1] == 1:  # summed in pairs, where a product of matrices adds one by one
-        return vectors.square().sum(-1, keepdim=True)
-    return vectors @ vectors.mT
-
-
-def _rest(whole: Tensor, kept: Tensor) -> Tensor:
-    """What is left of inner products; of one vector with itself it is not below zero."""
-    left = whole - kept
-    return left.clamp_min(0) if left.shape[-1] == 1 else left
-
-
-def _rounding(scales: Tensor) -> float:
-    """Relative rounding of a gradient's norm and of its rotation: a few units in the last place."""
-    eps = torch.finfo(scales.dtype).eps
-    reduced = torch.get_float32_matmul_precision() != "highest"
-    if scales.device.type == "cuda" and scales.dtype == torch.float32 and reduced:
-        eps = 2.0**-11
-    return 8 * eps
-
-
-def _each_column(layer: LinearLayer, columns: Tensor, matrices: Tensor) -> Tensor:
+def each_column(layer: LinearLayer, columns: Tensor, matrices: Tensor) -> Tensor:
     """Columns (r, B, n) times the matrix of their samples' group (groups, n, k): (r, B, k)."""
     if layer.networks == 1:
         return columns @ matrices[0]
