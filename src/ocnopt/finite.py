@@ -23,14 +23,14 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         tensors: Of floating point; of any shape, dense or sparse.
     """
     dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    dense = [t.detach() for t in dense if t.numel()]
     if not dense:
         return True
-    device = dense[0].device
-    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm(dense)]
-    if bool(torch.stack(norms).isfinite().all()):
-        return True
-    return all(bool(norm.isfinite()) for norm in torch._foreach_norm(dense, math.inf))
+    with torch.no_grad():
+        norms = torch._foreach_norm(dense)
+        if len({norm.device for norm in norms}) == 1 and bool(torch.stack(norms).isfinite().all()):
+            return True
+        filled = [t for t in dense if t.numel()]
+        return all(bool(norm.isfinite()) for norm in torch._foreach_norm(filled, math.inf))
 
 
 def finite_blocks(blocks: Tensor) -> Tensor:

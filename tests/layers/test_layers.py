@@ -6,6 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import ocnopt.curvature.metric as metrics
+from ocnopt.curvature.eigen import Eigen
 from ocnopt.layers import kind_of
 
 torch.manual_seed(0)
@@ -265,7 +266,7 @@ def dense_metrics(c):
             for x, y, s in zip(ua, ub, scales, strict=True)
         )
     )
-    yield "eigen", metrics.Eigen(equal, c.layer, ua, ub, scales), 0.4 * to.t() @ blocks @ to
+    yield "eigen", Eigen(equal, c.layer, ua, ub, scales), 0.4 * to.t() @ blocks @ to
 
 
 def _spd(n, seed):
@@ -389,8 +390,8 @@ def test_gram_of_a_wide_convolution_on_a_small_image(monkeypatch, chunk, dtype):
     for metric in (
         metrics.Metric((0.3, 0.3)),
         metrics.Kronecker((0.3, 0.3), layer, a, b),
-        metrics.Eigen((0.3, 0.3), layer, *bases, scales),
-        metrics.Eigen((0.3, 0.3), layer, *bases, scales, 0.01),
+        Eigen((0.3, 0.3), layer, *bases, scales),
+        Eigen((0.3, 0.3), layer, *bases, scales, 0.01),
     ):
         expected = metric.sample_gram(gradients)
         with monkeypatch.context() as patch:

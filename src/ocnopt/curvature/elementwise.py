@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ocnopt.curvature.base import Observation, Preconditioner
-from ocnopt.curvature.metric import Diagonal, Metric
+from ocnopt.curvature.metric import Diagonal, Metric, Rates
 from ocnopt.layers.base import Params
+
+
+class RootMeanSquare(Diagonal):
+    """``M = diag(sqrt(s / correction) + eps)``, which is computed where it is asked for.
+
+    Kept, it would take as much memory as all parameters from the Bellman pass to the update.
+
+    Args:
+        rates: Learning rate of every parameter.
+        squares: Second moments s, one tensor per parameter.
+        eps: Added to the root.
+        corrections: What every second moment is divided by.
+    """
+
+    def __init__(
+        self, rates: Rates, squares: Params, eps: float, corrections: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(rates, squares)
+        self.eps = eps
+        self.corrections = corrections
+
+    @property
+    def scales(self) -> Params:
+        """New tensors."""
+        return tuple(self._root(i, square) for i, square in enumerate(self._scales))
+
+    def scale_rows(self, index: Tensor) -> Tensor:
+        """Of the rows alone."""
+        return self._root(0, self._scales[0][index])
+
+    def _root(self, i: int, square: Tensor) -> Tensor:
+        root = square.sqrt()
+        if self.corrections is not None:
+            root.div_(self.corrections[i] ** 0.5)
+        return root.add_(self.eps)
 
 
 @dataclass(frozen=True)
@@ -57,9 +94,7 @@ class RMSprop(Preconditioner):
         torch._foreach_addcmul_(squares, mean, mean, value=1 - self.decay)
         for state, square in zip(seen.states, squares, strict=True):
             state["square_avg"] = square
-        scales = torch._foreach_sqrt(squares)
-        torch._foreach_add_(scales, self.eps)
-        return Diagonal(seen.rates, tuple(scales))
+        return RootMeanSquare(seen.rates, tuple(squares), self.eps)
 
 
 @dataclass(frozen=True)
@@ -94,7 +129,7 @@ class Adam(Preconditioner):
         """Update the second moment and the step count."""
         mean = seen.mean()
         beta = self.betas[1]
-        scales = []
+        squares, corrections = [], []
         for state, q in zip(seen.states, mean, strict=True):
             if "exp_avg_sq" not in state:
                 state["exp_avg_sq"] = torch.zeros_like(q)
@@ -103,9 +138,9 @@ class Adam(Preconditioner):
             state["step"] += 1
             square = torch.mul(state["exp_avg_sq"], beta).addcmul_(q, q, value=1 - beta)
             state["exp_avg_sq"] = square
-            correction = float((1 - beta ** state["step"]) ** 0.5)
-            scales.append(square.sqrt().div_(correction).add_(self.eps))
-        return Diagonal(seen.rates, tuple(scales))
+            squares.append(square)
+            corrections.append(float(1 - beta ** state["step"]))
+        return RootMeanSquare(seen.rates, tuple(squares), self.eps, corrections)
 
     def direction(self, metric: Metric, seen: Observation, d: Params, own: bool = False) -> Params:
         """``M^-1`` of the bias-corrected first moment."""

@@ -93,7 +93,16 @@ class Diagonal(Metric):
 
     def __init__(self, rates: Rates, scales: Params) -> None:
         super().__init__(rates)
-        self.scales = scales
+        self._scales = scales
+
+    @property
+    def scales(self) -> Params:
+        """Diagonal entries, one tensor per parameter."""
+        return self._scales
+
+    def scale_rows(self, index: Tensor) -> Tensor:
+        """Rows of the first parameter's entries."""
+        return self._scales[0][index]
 
     @property
     def factored(self) -> bool:
@@ -110,17 +119,18 @@ class Diagonal(Metric):
 
     def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """Division by the scales of the rows touched."""
-        return rows * self.rates[0] / self.scales[0][index]
+        return rows * self.rates[0] / self.scale_rows(index)
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """``sum_oj p_o p'_o a_j^2 / m_oj``."""
         spread: Tensor | float = 0.0
+        scales = self.scales
         if layer.has_weight:
-            inverse = self.scales[0].reciprocal()
+            inverse = scales[0].reciprocal()
             spread = layer.times(a.square(), inverse.view(layer.networks, -1, a.shape[-1]).mT)
             spread = spread.mul_(self.rates[0])
         if layer.has_bias:
-            spread = spread + layer.each(self.rates[-1] / self.scales[-1], a.shape[0])
+            spread = spread + layer.each(self.rates[-1] / scales[-1], a.shape[0])
         return gram_of(columns, columns * spread)
 
 
