@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ocnopt.control.batch import Batch, gather
-from ocnopt.control.bellman import RECURSIONS
 from ocnopt.control.chain import require_apart, watch_chain
 from ocnopt.control.dense import DenseBatch, dense_batch
 from ocnopt.control.dense_sweep import DenseSweep
@@ -28,14 +26,13 @@ from ocnopt.control.turns import Group, Turn
 from ocnopt.curvature import Identity, Preconditioner, preconditioner
 from ocnopt.errors import GraphError, OptionError, RecordingError
 from ocnopt.optim.base import ModelOptimizer
+from ocnopt.optim.feedback_options import require_feedback_options
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import mean_over, processes, sum_over
 from ocnopt.optim.rescaling import measure_scales, unscaling
 from ocnopt.optim.second_pass import actual_decrease, nonlinear_rollout
 
 __all__ = ["FeedbackOptimizer"]
-
-ROLLOUTS = ("linear", "nonlinear", "off")
 
 
 class FeedbackOptimizer(ModelOptimizer):
@@ -70,44 +67,19 @@ class FeedbackOptimizer(ModelOptimizer):
         keep_policy: bool = False,
         fictitious: Fictitious | None = None,
     ) -> None:
-        if criterion is not None and not isinstance(criterion, nn.Module):
-            raise OptionError(
-                "criterion: expected the nn.Module that the loop calls, got "
-                f"{type(criterion).__name__}; wrap a function as ocnopt.Criterion(function) and "
-                "call that in the loop"
-            )
-        for name, value, choices in (
-            ("bellman", bellman, RECURSIONS),
-            ("rollout", rollout, ROLLOUTS),
-            ("reduction", reduction, ("mean", "sum")),
-            ("curvature", curvature, ("value", "gradient")),
-        ):
-            if value not in choices:
-                raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
-        if not keep_grad and bellman == rollout == "off":
-            raise OptionError(
-                "keep_grad=False, but with bellman='off' and rollout='off' the gradient is all "
-                "that is needed; leave keep_grad=True"
-            )
-        if dynamics_order not in (1, 2):
-            raise OptionError(f"dynamics_order={dynamics_order!r}, but it must be 1 or 2")
-        if not (isinstance(value_reg, (int, float)) and 0 <= value_reg < math.inf):
-            raise OptionError(f"value_reg={value_reg!r}, but it must be finite and at least 0")
-        if terminal != "full" and (value_reg or dynamics_order == 2):
-            name = "value_reg" if value_reg else "dynamics_order=2"
-            raise OptionError(
-                f"{name} needs V_xx as a matrix per sample; use terminal='full', not {terminal!r}"
-            )
-        if terminal == "full" and not keep_grad:
-            raise OptionError("keep_grad=False is not possible with terminal='full'")
-        if keep_policy and bellman == rollout == "off":
-            raise OptionError(
-                "keep_policy=True, but with bellman='off' and rollout='off' there is no policy"
-            )
-        if not isinstance(measure_every, int) or measure_every < 0:
-            raise OptionError(f"measure_every={measure_every!r}, but it must be at least 0")
-        if measure_every and criterion is None:
-            raise OptionError("measure_every needs the criterion, to evaluate the loss again")
+        require_feedback_options(
+            criterion,
+            bellman=bellman,
+            rollout=rollout,
+            terminal=terminal,
+            reduction=reduction,
+            measure_every=measure_every,
+            keep_grad=keep_grad,
+            curvature=curvature,
+            value_reg=value_reg,
+            dynamics_order=dynamics_order,
+            keep_policy=keep_policy,
+        )
         self.criterion = criterion
         self.bellman = bellman
         self.rollout = rollout
