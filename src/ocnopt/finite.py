@@ -20,9 +20,10 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every entry is finite.
 
     Args:
-        tensors: Of floating point; of any shape, dense or sparse.
+        tensors: Of any shape and type, dense or sparse; whole numbers are finite.
     """
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    dense = [t.coalesce().values() if t.is_sparse else t for t in floats]
     if not dense:
         return True
     with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import nn
 import ocnopt
 from ocnopt.control.views import InputMoments
 from ocnopt.curvature.kronecker import EKFAC
+from ocnopt.layers import StackedLinear
 from ocnopt.layers.base import MatrixLayer
 
 
@@ -28,10 +29,10 @@ class Branches(nn.Module):
         return self.head(torch.tanh(torch.cat(parts, 1)))
 
 
-def trained(make):
+def trained(make, network=Branches, width=4):
     """Weights after four steps, and how many moments of inputs the first step computed."""
     torch.manual_seed(0)
-    model = Branches().double()
+    model = network().double()
     criterion = nn.CrossEntropyLoss()
     optimizer = make(model, criterion)
     computed = []
@@ -45,7 +46,7 @@ def trained(make):
         patch.setattr(MatrixLayer, "cross_moment", counted)
         for i in range(4):
             torch.manual_seed(i)
-            x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+            x, y = torch.randn(8, width).double(), torch.randint(3, (8,))
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             optimizer.step()
@@ -70,4 +71,28 @@ def test_computed_once_and_the_same(monkeypatch, make, saved):
     monkeypatch.setattr(InputMoments, "of", lambda self, key, compute: compute())
     two, many = trained(make)
     assert many - few == saved
+    assert torch.equal(one, two)
+
+
+class TwoSizes(nn.Module):
+    """Stacked layers of two and of four networks on one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = StackedLinear(2, 5, 6), StackedLinear(4, 5, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.a(x)) + torch.tanh(self.b(x)))
+
+
+@pytest.mark.parametrize("rule", ["kfac", "ekfac"])
+def test_stacks_of_different_sizes_do_not_share(monkeypatch, rule):
+    def make(model, criterion):
+        return ocnopt.DDPNOpt(model, criterion, lr=0.1, preconditioner=rule)
+
+    one, few = trained(make, TwoSizes, 5)
+    monkeypatch.setattr(InputMoments, "of", lambda self, key, compute: compute())
+    two, many = trained(make, TwoSizes, 5)
+    assert few == many
     assert torch.equal(one, two)

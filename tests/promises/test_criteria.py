@@ -1,5 +1,7 @@
 """The same loss, however it is written."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from promises.conformance import (
     OPTIMIZERS,
     assert_feedback_active,
     assert_updates_close,
+    assert_weights_equal,
     batch,
     ddpnopt,
     mlp,
@@ -245,3 +248,90 @@ def test_criterion_never_called(terminal):
 def test_plain_function_is_refused_by_name():
     with pytest.raises(ocnopt.OptionError, match="Criterion"):
         ocnopt.DDPNOpt(mlp(), F.cross_entropy, lr=0.1)
+
+
+def ctc_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def ctc_loss(model, criterion, frames):
+    """Sequences of `frames` frames, four in a batch; the criterion has time on dimension 0."""
+    torch.manual_seed(1)
+    x, targets = torch.randn(4, frames, 3).double(), torch.randint(1, 5, (4, 2))
+    logp = model(x).log_softmax(-1).transpose(0, 1)
+    return criterion(logp, targets, torch.full((4,), frames), torch.full((4,), 2))
+
+
+@pytest.mark.parametrize("frames", [7, 8])
+def test_ctc(frames):
+    """Samples are on dimension 1, whatever the number of frames; curvature is the gradient's."""
+    moved = []
+    for rollout in ("linear", "off"):
+        model, criterion = ctc_model(), nn.CTCLoss()
+        optimizer = ocnopt.DDPNOpt(
+            model, criterion, lr=0.5, terminal="outer-product", rollout=rollout
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            ctc_loss(model, criterion, frames).backward()
+            optimizer.step()
+        if rollout == "linear":
+            assert_feedback_active(optimizer)
+        moved.append(weights(model))
+    assert any(not torch.equal(moved[0][n], moved[1][n]) for n in moved[0])
+
+
+@pytest.mark.parametrize(
+    ("what", "terminal"),
+    [
+        *itertools.product(["ctc", "multi-margin", "wrapped"], TERMINALS),
+        ("multi-margin", "full"),
+        ("wrapped", "full"),
+    ],
+)
+def test_criteria_that_can_be_differentiated_once(what, terminal):
+    """The error names the criterion and what to try; nothing has moved."""
+    model = ctc_model()
+    criterion = {
+        "ctc": nn.CTCLoss(),
+        "multi-margin": nn.MultiMarginLoss(),
+        "wrapped": ocnopt.Criterion(F.multi_margin_loss),
+    }[what]
+    before = weights(model)
+
+    def step():
+        optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1, terminal=terminal)
+        if what == "ctc":
+            loss = ctc_loss(model, criterion, 8)
+        else:
+            loss = criterion(model(torch.randn(4, 3).double()), torch.randint(5, (4,)))
+        loss.backward()
+        optimizer.step()
+
+    if terminal == "outer-product":
+        step()
+        return
+    name = {"ctc": "CTCLoss", "multi-margin": "MultiMarginLoss", "wrapped": "multi_margin_loss"}
+    with pytest.raises(ocnopt.OptionError, match=f"{name[what]} twice.*'outer-product'"):
+        step()
+    assert_weights_equal(before, model)
+
+
+def test_a_wrapped_function_takes_torchs_keywords():
+    def by_keyword(model, criterion):
+        return ddpnopt(model, criterion, "identity")
+
+    criterion = ocnopt.Criterion(F.cross_entropy)
+    seen = []
+
+    def loss_of(optimizer_model):
+        def one(out, y):
+            return criterion(input=out, target=y) if optimizer_model else criterion(out, y)
+
+        return one
+
+    for named in (True, False):
+        seen.append(trained(by_keyword, criterion, loss_of(named)))
+    for a, b in zip(*(m.parameters() for m in seen), strict=True):
+        assert torch.equal(a, b)

@@ -170,3 +170,27 @@ def test_closure(name):
     for _ in range(5):
         last = float(optimizer.step(closure).detach())
     assert last < first
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["0.weight", "2.bias", "all"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_the_loop_spoils(name, where, value):
+    """Noise, a division by a count of zero: the gradient was finite when autograd made it."""
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion)
+    run(model, optimizer, 1, criterion)
+    kept, state = weights(model), flat_state(optimizer)
+    x, y = batch()
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    for n, p in model.named_parameters():
+        if where == "all":
+            p.grad.mul_(value)
+        elif n == where:
+            p.grad.view(-1)[0] = value
+    with pytest.raises(ocnopt.NonFiniteError, match="gradient" if where == "all" else where):
+        optimizer.step()
+    assert_weights_equal(kept, model)
+    assert_state_equal(state, optimizer.state_dict())
+    step(model, optimizer, criterion, x, y)

@@ -358,3 +358,26 @@ def test_gradients_are_the_loops(name, options):
 
 def tensors(state):
     return [v for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("keep_grad", [True, False])
+@pytest.mark.parametrize("what", ["vmap of jacrev", "hessian", "jit.trace"])
+def test_what_is_transformed_or_traced_is_none_of_its_business(what, keep_grad):
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    plain = mlp()
+    optimizer = OPTIMIZERS["DDPNOpt-identity"](model, criterion, keep_grad=keep_grad)
+    run(model, optimizer, 1, criterion)
+    plain.load_state_dict(model.state_dict())
+    x, y = batch()
+
+    def look(network):
+        if what == "vmap of jacrev":
+            return torch.func.vmap(torch.func.jacrev(network))(x)
+        if what == "hessian":
+            return torch.func.hessian(lambda z: network(z).square().sum())(x[0])
+        return torch.jit.trace(network, x)(x)
+
+    torch.testing.assert_close(look(model), look(plain))
+    assert all(p.requires_grad for p in model.parameters())
+    step(model, optimizer, criterion, x, y)
+    assert_feedback_active(optimizer)

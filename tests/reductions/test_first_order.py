@@ -108,3 +108,50 @@ def test_feedback_on_is_not_sgd():
     run(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), STEPS)
     with pytest.raises(AssertionError):
         assert_weights_close(mine, theirs, 1e-4)
+
+
+class Spectral(nn.Module):
+    """A product with complex weights between two linear layers, and a complex layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(6, 4)
+        self.weight = nn.Parameter(torch.randn(4, 5, dtype=torch.complex128))
+        self.mix = nn.Linear(5, 5, dtype=torch.complex128)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.into(x)).to(torch.complex128) @ self.weight
+        return self.out(self.mix(x).abs())
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("lender", LENDERS)
+def test_complex_weights_move_as_the_lender_moves_them(lender, feedback):
+    """They are no players; real and imaginary parts count as entries of their own."""
+    rule, torch_class, torch_options, options = LENDERS[lender]
+    torch.manual_seed(0)
+    mine = Spectral().double()
+    theirs = copy.deepcopy(mine)
+    criterion = nn.CrossEntropyLoss()
+    off = {} if feedback else {"bellman": "off", "rollout": "off"}
+    optimizer = ocnopt.DDPNOpt(mine, criterion, preconditioner=rule, **options, **off)
+    names = [n for n, p in mine.named_parameters() if p.is_complex()]
+    rows = {row.parameter: row for row in optimizer.coverage()}
+    assert names == ["weight", "mix.weight", "mix.bias"]
+    assert {rows[n].treatment for n in names} == {"first-order"}
+    reference = torch_class(theirs.parameters(), **options, **torch_options)
+    for i in range(STEPS):
+        torch.manual_seed(i)
+        x, y = torch.randn(7, 6).double(), torch.randint(3, (7,))
+        with torch.no_grad():  # the other parts' steps differ where there is feedback
+            for p, q in zip(theirs.parameters(), mine.parameters(), strict=True):
+                if feedback and not p.is_complex():
+                    p.copy_(q)
+        for model, stepped in ((mine, optimizer), (theirs, reference)):
+            stepped.zero_grad()
+            criterion(model(x), y).backward()
+            stepped.step()
+    for name in names if feedback else dict(mine.named_parameters()):
+        one, other = mine.get_parameter(name), theirs.get_parameter(name)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

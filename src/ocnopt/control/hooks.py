@@ -29,9 +29,11 @@ class ModuleHook:
     def __call__(self, *args: Any) -> Any:
         """Pass the call on while gradients are recorded."""
         recorder = self.recorder()
-        if recorder is not None and recorder.active and torch.is_grad_enabled():
-            return getattr(recorder, self.verb)(self.index, *args)
-        return None
+        if recorder is None or not recorder.active or not torch.is_grad_enabled():
+            return None
+        if torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # what is traced or transformed (torch.func) is no pass of the loop
+        return getattr(recorder, self.verb)(self.index, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
         return ModuleHook(None, self.verb)

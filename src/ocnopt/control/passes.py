@@ -163,6 +163,8 @@ class TerminalCall:
         self.kwargs = kwargs
         self.loss = loss
         self.scale: Tensor | None = None
+        #: Samples, or samples times what each has many of.
+        self.rows = output.shape[0] if output.dim() else 0
         #: Whether the loop picked rows by index or mask before the call.
         self.picked = False
         self.arrivals = Arrivals()
@@ -220,7 +222,7 @@ def count_samples(uses: list[Use], calls: list[TerminalCall]) -> int:
     Returns:
         The number of samples, or 0 where the two do not agree.
     """
-    rows = calls[0].output.shape[0] if calls and calls[0].output.dim() else 0
+    rows = calls[0].rows if calls else 0
     sizes = Counter(use.rows for use in uses if use.rows)
     for size, _ in sizes.most_common():
         if rows % size == 0:

@@ -157,6 +157,8 @@ def _split(model: nn.Module, inside: bool) -> tuple[list[Player], list[Unowned]]
             why = reason
             if why is None and others:
                 why = f"shared with {', '.join(others)}"
+            if why is None and own[key].is_complex():
+                why = "its numbers are complex"
             if why is None and key not in ("weight", "bias"):
                 why = f"not a weight or bias of {type(module).__name__}"
             if why is None and (id(module) in solved) != inside:

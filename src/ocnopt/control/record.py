@@ -202,6 +202,8 @@ class Recorder:
                 "value does; call criterion(output, target), in this order"
             )
         call = TerminalCall(output.detach(), args, kwargs, loss.detach())
+        if isinstance(criterion, nn.CTCLoss) and output.dim() == 3:
+            call.rows = output.shape[1]  # dimension 0 is time
         call.picked = output.grad_fn is not None and output.grad_fn.name().startswith("Index")
         current.calls.append(call)
         loss.register_hook(call.arrivals)

@@ -23,6 +23,7 @@ import contextlib
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["FORMS", "Criterion", "TerminalCost"]
 
 FORMS = ("bounded", "matched", "outer-product", "gauss-newton", "full")
+
+#: What autograd says of functions with a first derivative alone.
+_ONCE = re.compile("not implemented|once_differentiable")
 
 #: Largest rank of an exact terminal factor; each column costs one back-propagation.
 MAX_RANK = 1024
@@ -60,9 +64,9 @@ class Criterion(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The function's value."""
-        return self.function(output, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The function's value; the output comes first, or is called ``input`` as in torch."""
+        return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Name of the function."""
@@ -250,11 +254,26 @@ class TerminalCost:
             direction = gradient.detach() if vector is None else vector.to(gradient.dtype)
             product: Tensor | None = None
             if gradient.requires_grad:
-                (product,) = torch.autograd.grad(
-                    gradient, output, direction, allow_unused=True, materialize_grads=True
-                )
+                try:
+                    (product,) = torch.autograd.grad(
+                        gradient, output, direction, allow_unused=True, materialize_grads=True
+                    )
+                except RuntimeError as error:
+                    if not _ONCE.search(str(error)):
+                        raise
+                    raise OptionError(
+                        f"criterion: PyTorch cannot differentiate {_named(self.criterion)} twice, "
+                        f"which terminal={self.form!r} asks for; use terminal='outer-product', "
+                        "which needs the gradient alone"
+                    ) from error
         gradient = gradient.detach()
         return gradient, torch.zeros_like(gradient) if product is None else product.detach()
+
+
+def _named(criterion: nn.Module) -> str:
+    if isinstance(criterion, Criterion):
+        return criterion.extra_repr()
+    return type(criterion).__name__
 
 
 def _parameters(function: Callable[..., Tensor]) -> Collection[str]:

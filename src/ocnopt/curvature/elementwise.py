@@ -38,6 +38,16 @@ class RootMeanSquare(Diagonal):
         """New tensors."""
         return tuple(self._root(i, square) for i, square in enumerate(self._scales))
 
+    def solve(self, params: Params) -> Params:
+        """Elementwise division; real and imaginary parts have an M of their own."""
+        return tuple(_like(p, _real(p) / s) for p, s in zip(params, self.scales, strict=True))
+
+    def solve_(self, params: Params) -> Params:
+        """The same in place."""
+        for p, s in zip(params, self.scales, strict=True):
+            _real(p).div_(s)
+        return params
+
     def scale_rows(self, index: Tensor) -> Tensor:
         """Of the rows alone."""
         return self._root(0, self._scales[0][index])
@@ -86,7 +96,7 @@ class RMSprop(Preconditioner):
 
     def observe(self, seen: Observation) -> Metric:
         """Update the running mean."""
-        mean = seen.mean()
+        mean = [_real(q) for q in seen.mean()]
         for state, q in zip(seen.states, mean, strict=True):
             if "square_avg" not in state:
                 state["square_avg"] = torch.zeros_like(q)
@@ -127,7 +137,7 @@ class Adam(Preconditioner):
 
     def observe(self, seen: Observation) -> Metric:
         """Update the second moment and the step count."""
-        mean = seen.mean()
+        mean = [_real(q) for q in seen.mean()]
         beta = self.betas[1]
         squares, corrections = [], []
         for state, q in zip(seen.states, mean, strict=True):
@@ -148,6 +158,16 @@ class Adam(Preconditioner):
         out = []
         assert isinstance(metric, Diagonal)
         for state, part, scale in zip(seen.states, d, metric.scales, strict=True):
-            average = state["exp_avg"] = torch.lerp(state["exp_avg"], part, 1 - beta)
-            out.append((average / scale).mul_(1 / (1 - beta ** state["step"])))
+            average = state["exp_avg"] = torch.lerp(state["exp_avg"], _real(part), 1 - beta)
+            out.append(_like(part, (average / scale).mul_(1 / (1 - beta ** state["step"]))))
         return tuple(out)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as one of pairs of real numbers, which is how torch's optimizers see it."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _like(tensor: Tensor, real: Tensor) -> Tensor:
+    """The inverse, where the tensor is complex."""
+    return torch.view_as_complex(real) if tensor.is_complex() else real

@@ -131,7 +131,7 @@ class Layer(ABC):
     @property
     def row_key(self) -> tuple[Any, ...]:
         """What makes rows of the same input differ between layers."""
-        return (self.kind, self.has_weight, self.has_bias)
+        return (self.kind, self.networks, self.has_weight, self.has_bias)
 
     # Kronecker structure; kinds with ``kronecker = True`` override them all.
 

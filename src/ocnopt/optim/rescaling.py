@@ -57,7 +57,9 @@ def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> N
         own = product / square if square > 0 else common
         # Rounding apart, clipping and unscaling have one factor for all players.
         close = abs(own - common) <= 1e-3 * abs(common)
-        turn.mover.scale = common if close else own
+        scale = common if close else own
+        # What is not finite is no rescaling: the update will say which gradient it is.
+        turn.mover.scale = scale if math.isfinite(scale) else 1.0
     for (turn, _, now), old in zip(pairs, before.split(sizes), strict=True):
         rest = now.double() - turn.mover.scale * old
         turn.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())
