@@ -117,6 +117,20 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "DDPNOpt ekfac": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="ekfac"),
     "DDPNOpt nonlinear": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, rollout="nonlinear"),
 }
+#: The net whose arithmetic is next to nothing.
+SMALL = "fcn"
+#: Products of a step of SGD, per layer: forward, gradients of inputs and of weights.
+PRODUCTS = 3
+#: Products per layer that an optimizer adds to its lender's step; without .grad autograd forms one
+#: less.
+ADDED = {
+    "DDPNOpt": ("SGD", 2),
+    "DDPNOpt, keep_grad=False": ("SGD", 1),
+    "DDPNOpt rmsprop": ("RMSprop", 3),
+    "DDPNOpt rmsprop, no recursion": ("RMSprop", 2),
+    "DDPNOpt adam": ("Adam", 3),
+    "DDPNOpt ekfac": ("EKFAC", 2),
+}
 
 
 class Run:
@@ -203,6 +217,20 @@ def relative(nets: dict[str, dict[str, dict[str, float]]], base: str) -> list[st
     return [*lines, "", f"{base} itself: {itself}."]
 
 
+def beside_floor(nets: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Time as a multiple of the lender's, and the floor: the lender's step and the products."""
+    lines = [f"| optimizer | lender | {' | '.join(nets)} |", f"|---|---|{'---|' * len(nets)}"]
+    for name, (lender, products) in ADDED.items():
+        cells = []
+        for table in nets.values():
+            unit = table[lender]["seconds"]
+            product = table["SGD"]["seconds"] / PRODUCTS
+            floor = (unit + products * product) / unit
+            cells.append(f"{table[name]['seconds'] / unit:.2f} ({floor:.2f})")
+        lines.append(f"| {name} | {lender} | {' | '.join(cells)} |")
+    return lines
+
+
 def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str) -> str:
     """The tables as Markdown."""
     lines = [
@@ -210,13 +238,20 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
         "",
         f"Written by `python benchmarks/step_cost.py` ({device}, torch {torch.__version__}).",
         "Time and peak memory of one step relative to `torch.optim.SGD`, measured in turns in one",
-        "run, medians. Floor of the linear rollout: 1.67 in time with `.grad` kept, 1.33 without.",
+        "run, medians.",
+        "",
+        "The floor. A step of SGD is three products per layer: forward, gradients of the inputs",
+        "and of the weights. The linear rollout adds two, the update applied to the recorded inputs",
+        "and a weight gradient with feedback, as `.grad` stays what the loop expects: 1.67 times",
+        "SGD. With `keep_grad=False` autograd forms no weight gradient: 1.33. Beside an optimizer",
+        "that takes c times SGD's time it is (c + 2/3) / c.",
         "",
         "Where the rest goes. An adaptive M is built from the gradient, which without `.grad` has",
         "to be formed (floor 1.67 there, too); with the share recursion it needs each sample's",
-        "gradient norm under M: one more product. Convolutions form per-sample",
-        "gradients once, faster than the batch's own weight gradient, and answer everything else",
-        "from them: hence less than the floor. Under KFAC and EKFAC the share recursion measures",
+        "gradient norm under M: one more product (2.00). Convolutions form per-sample gradients",
+        "once, faster than the batch's own weight gradient, and answer everything else from them:",
+        "hence less than the floor; attention and norms, which nothing is added to, have the same",
+        "effect in the Transformer. Under KFAC and EKFAC the share recursion measures",
         "every sample's gradient in the metric: cheap at one location per sample, several",
         "products where there are many (Transformer). EKFAC on wide layers rotates whole",
         "gradients, there and back, which costs more than the batch; what feedback adds is rotated",
@@ -226,6 +261,8 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
     for threads, nets in figures.items():
         lines += ["", f"## {threads} thread{'s' if threads != '1' else ''}", ""]
         lines += relative(nets, "SGD")
+        lines += ["", "Times the lender's step, and the floor in brackets:", ""]
+        lines += beside_floor({net: table for net, table in nets.items() if net != SMALL})
     return "\n".join(lines) + "\n"
 
 
@@ -243,7 +280,7 @@ def main() -> None:
         torch.set_num_threads(int(threads))
         figures[threads] = {}
         for net in asked.nets.split(","):
-            rounds = asked.rounds * (5 if net == "fcn" else 1)
+            rounds = asked.rounds * (5 if net == SMALL else 1)
             figures[threads][net] = measure(net, torch.device(asked.device), rounds)
     text = page(figures, asked.device)
     print(text)
