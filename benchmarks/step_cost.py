@@ -241,7 +241,7 @@ def page(figures: dict[str, dict[str, dict[str, dict[str, float]]]], device: str
         "run, medians.",
         "",
         "The floor. A step of SGD is three products per layer: forward, gradients of the inputs",
-        "and of the weights. The linear rollout adds two, the update applied to the recorded inputs",
+        "and of the weights. The linear rollout adds two, the update applied to recorded inputs",
         "and a weight gradient with feedback, as `.grad` stays what the loop expects: 1.67 times",
         "SGD. With `keep_grad=False` autograd forms no weight gradient: 1.33. Beside an optimizer",
         "that takes c times SGD's time it is (c + 2/3) / c.",
