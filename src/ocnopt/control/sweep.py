@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ocnopt.control.batch import Batch
-from ocnopt.control.bellman import PROPORTIONAL, pull_back, pull_back_all, pull_back_joint
+from ocnopt.control.bellman import pull_back, pull_back_all, pull_back_joint
+from ocnopt.control.demand import demand
 from ocnopt.control.fictitious import Fictitious
 from ocnopt.control.trace import outer_norms
 from ocnopt.control.turns import Group, Turn
@@ -300,18 +301,20 @@ class Sweep:
             group: The stage.
             rho: Per batch (B,) or (B, r); None where nothing has moved yet.
         """
+        if self.rollout == "off":
+            rho = [None] * len(self.batches)
         apart = group.turns
         for party in group.parties:
             wanted = []
             for turn in party.turns:
-                excess, idle = self._excess(turn, rho)
+                excess, idle = demand(turn, self.batches, rho, self.rule)
                 d = self._gradient(turn) if idle else self._edited(turn, excess)
                 wanted.append(turn.mover.limited(d, None if idle else turn.bound))
             for turn, u in zip(party.turns, party.solve(wanted), strict=True):
                 turn.delta = turn.mover.finish(u)
             apart = [turn for turn in apart if turn not in party.turns]
         for turn in apart:
-            excess, idle = self._excess(turn, rho)
+            excess, idle = demand(turn, self.batches, rho, self.rule)
             rate = turn.mover.only_rate
             direct = None if idle else self._solved_by_factors(turn, excess)
             if direct is not None:
@@ -346,58 +349,6 @@ class Sweep:
 
     def _edited(self, turn: Turn, excess: list[Tensor]) -> Params:
         return turn.mover.masked(self.weighted(turn, excess))
-
-    def _excess(self, turn: Turn, rho: list[Tensor | None]) -> tuple[list[Tensor], bool]:
-        """What the policy asks for beyond the gradient, per batch; whether that is nothing."""
-        excess = []
-        idle = True
-        for i, batch in enumerate(self.batches):
-            v, k = turn.values[i]
-            moved = rho[i] if self.rollout != "off" else None
-            if moved is None:
-                turn.feedback.append(None)
-                excess.append(batch.signal_weights(v) - batch.baseline(turn.player))
-                idle = idle and v is batch.v
-                continue
-            idle = False
-            if batch.rank == 1:
-                excess.append(self._feedback(turn, batch, v, k, moved))
-            else:
-                x = v + self._feedback_columns(turn, batch, v, k, moved)
-                excess.append(batch.signal_weights(x) - batch.baseline(turn.player))
-        return excess, idle
-
-    def _feedback(self, turn: Turn, batch: Batch, v: Tensor, k: Tensor, rho: Tensor) -> Tensor:
-        """``v - 1 + clip(K rho)`` at rank one."""
-        bound = turn.bound
-        if self.rule in PROPORTIONAL:
-            # K / v is the terminal one at every player: the clipped ratio is a number per sample.
-            ratio = batch.k * rho
-            clipped = ratio if bound is None else ratio.clamp(-bound, bound)
-            turn.feedback.append((ratio, clipped))
-            return torch.addcmul(v - 1, v, clipped)
-        raw = applied = k * rho
-        if bound is not None:
-            limit = v.abs() * bound
-            applied = torch.clamp(raw, -limit, limit)
-        turn.feedback.append((raw, applied, v))
-        return v + (applied - 1)
-
-    def _feedback_columns(
-        self, turn: Turn, batch: Batch, v: Tensor, k: Tensor, rho: Tensor
-    ) -> Tensor:
-        """``K rho``, bounded relative to the sample's open-loop term, at rank r."""
-        raw = (k @ rho.unsqueeze(-1)).squeeze(-1)
-        trace = batch.traces.get(turn.player)
-        if trace is None:
-            turn.feedback.append(None)
-            return raw
-        ratio = trace.ratio(batch.signal_own(v), batch.signal_own(raw))
-        factor = torch.ones_like(ratio)
-        if turn.bound is not None:
-            factor = torch.where(ratio > turn.bound, turn.bound / ratio, factor)
-        turn.feedback.append((ratio, ratio * factor))
-        return raw * factor[:, None]
 
     def follow(self, group: Group) -> None:
         """Carry the cost directions past a stage's moves."""
