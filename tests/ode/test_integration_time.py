@@ -239,3 +239,49 @@ def test_options_are_checked(options, message):
         IntegrationTime(exact(Drift()), **{"rule": "first-order", **options})
     with pytest.raises(OptionError, match="pass the block"):
         IntegrationTime(nn.Linear(1, 1), rule="first-order")
+
+
+@pytest.mark.parametrize("adjoint", [True, False])
+@pytest.mark.parametrize("when", ["before zero_grad", "after backward", "a batch is skipped"])
+def test_passes_that_no_step_came_of_do_not_count(when, adjoint):
+    """Saliency maps, adversarial examples, batches that are skipped."""
+    found = []
+    for disturbed in (False, True):
+        torch.manual_seed(0)
+        ode = exact(Field(), adjoint=adjoint)
+        optimizer = ocnopt.SNOpt(ode, lr=0.01)
+        horizon = IntegrationTime(ode, optimizer, every=1)
+        for _ in range(3):
+            x = torch.randn(5, 3, dtype=torch.float64)
+            other = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+            if disturbed and when == "a batch is skipped":
+                optimizer.zero_grad()
+                loss_of(ode, other).backward()
+            if disturbed and when == "before zero_grad":
+                torch.autograd.grad(loss_of(ode, other), other)
+            optimizer.zero_grad()
+            loss_of(ode, x).backward()
+            if disturbed and when == "after backward":
+                torch.autograd.grad(loss_of(ode, other), other)
+            optimizer.step()
+            horizon.step()
+        found.append(horizon.last)
+    assert found[0] == found[1]
+
+
+def test_micro_batches_count_and_so_does_a_field_without_weights():
+    """Without trained weights nothing tells which passes a step came of: all count."""
+    for func in (Field(), Drift()):
+        changes = []
+        for parts in (1, 2):
+            torch.manual_seed(0)
+            ode = exact(func)
+            for p in ode.func.parameters():
+                p.requires_grad_(isinstance(func, Field))
+                p.grad = None
+            horizon = IntegrationTime(ode, rule="first-order", every=1)
+            x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+            for part in x.chunk(parts):
+                (loss_of(ode, part) / parts).backward()
+            changes.append(horizon.step().Q_T)
+        assert changes[0] == pytest.approx(changes[1], rel=1e-6)

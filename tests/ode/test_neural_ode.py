@@ -137,7 +137,16 @@ def test_a_field_that_is_no_module():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Dropout(0.1), nn.BatchNorm1d(3), nn.AlphaDropout(0.2), nn.SyncBatchNorm(3)]
+    "layer",
+    [
+        nn.Dropout(0.1),
+        nn.BatchNorm1d(3),
+        nn.AlphaDropout(0.2),
+        nn.SyncBatchNorm(3),
+        nn.MultiheadAttention(4, 2, dropout=0.5),
+        nn.RReLU(),
+        nn.InstanceNorm1d(3, track_running_stats=True),
+    ],
 )
 def test_a_field_that_is_no_function(layer):
     """Refused by name, with advice; not where back-propagation is right all the same."""
@@ -328,3 +337,97 @@ def test_tight_options_are_tight():
     """The other tests rest on this."""
     field, x = make("Linear")
     assert relative(NeuralODE(field, **TIGHT)(x), runge_kutta(field, x, 0.0, 1.0, 200)[-1]) < 1e-8
+
+
+class Context(nn.Module):
+    """Takes along a part that never changes, whose error is therefore zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, t, x):
+        z, c = x
+        return self.outer(torch.tanh(self.inner(torch.cat([z, c], 1)))), torch.zeros_like(c)
+
+
+class WithContext(nn.Module):
+    def __init__(self, adjoint):
+        super().__init__()
+        self.encoder, self.ode = nn.Linear(3, 1), NeuralODE(Context(), adjoint=adjoint)
+
+    def forward(self, x):
+        return torch.cat(self.ode((x[:, :2], self.encoder(x))), 1)
+
+
+@pytest.mark.parametrize("adjoint", [True, False])
+def test_who_follows_does_not_change_the_gradient_beside_a_part_without_error(adjoint):
+    found = []
+    for followed in (False, True):
+        torch.manual_seed(0)
+        model, x = WithContext(adjoint), torch.randn(5, 3)
+        optimizer = ocnopt.SNOpt(model, lr=0.01) if followed else None
+        model(x).square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        if optimizer is not None:
+            optimizer.step()
+    for plain, other in zip(*found, strict=True):
+        assert bool(plain.isfinite().all())
+        torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("adjoint", [True, False])
+@pytest.mark.parametrize("name", ["SNOpt", "OCNOpt"])
+def test_autocast_before_the_block(name, adjoint):
+    """The state comes in bfloat16; what is looked at in the backward pass is as in the forward."""
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    block = NeuralODE(Untimed(field), adjoint=adjoint)
+    model = nn.Sequential(nn.Linear(3, 4), block, nn.Linear(4, 2)).float()
+    criterion = nn.CrossEntropyLoss()
+    make = {
+        "SNOpt": lambda: ocnopt.SNOpt(model, lr=0.02),
+        "OCNOpt": lambda: ocnopt.OCNOpt(model, criterion, lr=0.02),
+    }[name]
+    optimizer = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    for i in range(2):
+        torch.manual_seed(i)
+        x, y = torch.randn(5, 3, dtype=torch.float32), torch.randint(2, (5,))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class Untimed(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("adjoint", [True, False])
+@pytest.mark.parametrize("followed", [False, True])
+def test_functional_call(adjoint, followed):
+    """Weights that are lent for one call are those that the backward pass computes with."""
+    torch.manual_seed(0)
+    ode = NeuralODE(Untimed(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))), **TIGHT)
+    ode.adjoint = adjoint
+    optimizer = ocnopt.SNOpt(ode, lr=0.01) if followed else None
+    x = torch.randn(4, 3, requires_grad=True)
+    lent = {n: (p.detach() * 1.5).requires_grad_() for n, p in ode.named_parameters()}
+    own = copy.deepcopy(ode)
+    own.load_state_dict({**own.state_dict(), **{n: p.detach() for n, p in lent.items()}})
+    expected = torch.autograd.grad(own(x).square().sum(), [x, *own.parameters()])
+    found = torch.autograd.grad(
+        torch.func.functional_call(ode, lent, (x,)).square().sum(), [x, *lent.values()]
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    assert optimizer is None or all(p.grad is None for p in ode.parameters())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ocnopt.control.hooks import GradHook
 from ocnopt.errors import NonFiniteError, OptionError
 from ocnopt.ode.listener import Field, Parts
 from ocnopt.ode.neural_ode import NeuralODE
@@ -132,8 +133,11 @@ class IntegrationTime:
         self._weight = 0.0  # of what the averages have seen
         self._s = 0.0
         self._curve = 0.0
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._rows = 0
+        #: Per backward pass: sums of s and of its square, and samples, of every solve.
+        self._passes: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
+        self._counted: set[int] = set()
+        self._hooked: dict[Tensor, Any] = {}
+        self.active = True
         self._before: list[tuple[Tensor, Tensor]] | None = None
         self._hook = None if optimizer is None else optimizer.register_step_pre_hook(self._keep)
         ode.follow(self)
@@ -141,6 +145,8 @@ class IntegrationTime:
     def remove(self) -> None:
         """Follow block and optimizer no longer."""
         self.ode.unfollow(self)
+        for handle in self._hooked.values():
+            handle.remove()
         if self._hook is not None:
             self._hook.remove()
 
@@ -164,8 +170,29 @@ class IntegrationTime:
                     for f, a in zip(slopes, gradient, strict=True)
                 ]
             ).sum(0)
-        self._seen.append((s.sum(), s.square().sum()))
-        self._rows += rows
+        self._begin(task)
+        self._passes[task].append((s.sum(), s.square().sum(), rows))
+
+    def _begin(self, task: int) -> None:
+        """A backward pass: what earlier ones brought counts where weights have their gradients."""
+        if task in self._passes:
+            return
+        trained = [p for p in self.ode.func.parameters() if p.requires_grad]
+        for p in trained:
+            if p not in self._hooked and p.is_leaf:
+                self._hooked[p] = p.register_post_accumulate_grad_hook(GradHook(self, 0))
+        if trained and all(p.grad is None for p in trained):
+            self._forget()
+        elif trained:
+            self._passes = {k: found for k, found in self._passes.items() if k in self._counted}
+        self._passes[task] = []
+
+    def _forget(self) -> None:
+        self._passes, self._counted = {}, set()
+
+    def commit(self, index: int, param: Tensor) -> None:
+        """A weight's gradient was accumulated in this backward pass."""
+        self._counted.add(torch._C._current_graph_task_id())
 
     def sample(self, field: Field, t: Tensor, x: Parts, a: Parts, duration: float) -> None:
         """Never called."""
@@ -220,15 +247,21 @@ class IntegrationTime:
 
     def _observe(self) -> float:
         """Average this iteration's s; returns it."""
-        if not self._seen:
+        passes = [found for task, found in self._passes.items() if task in self._counted]
+        solves = [solve for found in passes or self._passes.values() for solve in found]
+        self._forget()
+        if not solves:
             return 0.0
-        total, square = (torch.stack(part).sum() for part in zip(*self._seen, strict=True))
-        rows = float(self._rows)
+        sums, squares, counts = zip(*solves, strict=True)
+        total, square, rows = (
+            torch.stack(sums).sum(),
+            torch.stack(squares).sum(),
+            float(sum(counts)),
+        )
         per_sample = rows if self.reduction == "mean" else 1.0
         curve = square * per_sample**2 / rows
         if processes() > 1:
             total, curve = mean_over((total, curve))
-        self._seen, self._rows = [], 0
         s = float(total)
         if not math.isfinite(s):
             raise NonFiniteError(
@@ -265,7 +298,8 @@ class IntegrationTime:
             raise OptionError(f"state_dict: it lacks {sorted(missing)}")
         self._iteration = int(state["iteration"])
         self._weight, self._s, self._curve = state["weight"], state["s"], state["curve"]
-        self._seen, self._rows, self._before = [], 0, None
+        self._forget()
+        self._before = None
 
 
 def _moved(before: list[tuple[Tensor, Tensor]]) -> float:

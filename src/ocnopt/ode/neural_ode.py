@@ -158,8 +158,9 @@ class NeuralODE(Solver):
             t: Times (T,).
         """
         where = f"NeuralODE of {type(self.func).__name__}"
+        tensors = _Tensors(field)
         forward, backward, sampling = (
-            _Counted(field, single, self._counts, place) for place in range(3)
+            _Counted(field, tensors, single, self._counts, place) for place in range(3)
         )
         method, back = (_for_parts(m, single) for m in (self.method, self.adjoint_method))
         if not torch.is_grad_enabled():
@@ -196,7 +197,8 @@ class NeuralODE(Solver):
         listeners = list(self._listeners)
         if not isinstance(field, Warped):
             return listeners
-        return field.heard_by(listeners, _Counted(self.func, single, self._counts, 2))
+        counted = _Counted(self.func, _Tensors(self.func), single, self._counts, 2)
+        return field.heard_by(listeners, counted)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_listeners": None}
@@ -229,11 +231,7 @@ class NeuralODE(Solver):
 
     def _require_function(self) -> None:
         for name, module in self.func.named_modules():
-            random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-            running = (
-                isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-            )
-            if random or running:
+            if _random(module) or _running(module):
                 raise OptionError(
                     f"func: layer {name!r} is a {type(module).__name__}, so that func is no "
                     "function of (t, x) and its adjoint is wrong; put it outside, use GroupNorm "
@@ -248,18 +246,69 @@ class NeuralODE(Solver):
         return f"t0={float(self.t0):g}, t1={float(self.t1):g}, {solver}, adjoint={self.adjoint}"
 
 
+def _random(module: nn.Module) -> bool:
+    """Whether two calls on the same input differ."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.RReLU) or (
+        isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+    )
+
+
+def _running(module: nn.Module) -> bool:
+    """Whether a call leaves statistics behind."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+
+
+class _Tensors:
+    """What a field computed with when it was solved.
+
+    ``torch.func.functional_call`` lends it others for one call of the model, and takes them back
+    before the backward pass.
+
+    Args:
+        field: F.
+    """
+
+    def __init__(self, field: nn.Module) -> None:
+        self._slots = [
+            (store, key, f"{name}.{key}" if name else key, tensor)
+            for name, module in field.named_modules()
+            for store in (module._parameters, module._buffers)
+            for key, tensor in store.items()
+            if tensor is not None
+        ]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the field has them still."""
+        return all(store.get(key) is tensor for store, key, _, tensor in self._slots)
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """They, for ``functional_call``."""
+        return {name: tensor for _, _, name, tensor in self._slots}
+
+
 class _Counted:
     """A field on a tuple of tensors that counts its evaluations."""
 
-    def __init__(self, field: nn.Module, single: bool, counts: list[int], place: int) -> None:
+    def __init__(
+        self, field: nn.Module, tensors: _Tensors, single: bool, counts: list[int], place: int
+    ) -> None:
         self.field = field
+        self.tensors = tensors
         self.single = single
         self.counts = counts
         self.place = place
 
     def __call__(self, t: Tensor, x: Parts) -> Parts:
         self.counts[self.place] += 1
-        value = self.field(t, x[0] if self.single else x)
+        state = x[0] if self.single else x
+        if self.tensors.in_place:
+            value = self.field(t, state)
+        else:
+            value = torch.func.functional_call(self.field, self.tensors.by_name, (t, state))
         found = (value,) if isinstance(value, Tensor) else tuple(value)
         if [f.shape for f in found] != [part.shape for part in x]:
             shapes = [tuple(f.shape) for f in found], [tuple(part.shape) for part in x]

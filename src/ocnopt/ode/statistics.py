@@ -160,7 +160,7 @@ class AdjointStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-        pairs = [(f, v) for f, v in zip(outputs, a, strict=True) if f.requires_grad]
+        pairs = [(f, v.to(f.dtype)) for f, v in zip(outputs, a, strict=True) if f.requires_grad]
         if not calls or not pairs:
             return
         fs, vs = zip(*pairs, strict=True)

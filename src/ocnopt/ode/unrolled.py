@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ocnopt.control.replay import autocast_as, autocast_now
 from ocnopt.ode.listener import Field, Listener, Parts
 from ocnopt.ode.solve import Method, solve
 
@@ -63,6 +64,12 @@ def unrolled_solve(
         (lambda at, x, _: nodes.append((at, x))) if wanting else None,
         where,
     )
+    casts = autocast_now()
+
+    def cast(t: Tensor, x: Parts) -> Parts:
+        with autocast_as(casts):  # the backward pass runs outside of the loop's
+            return sampling(t, x)
+
     times = [*(float(at.detach()) for at, _ in nodes), float(t[-1].detach())]
     halves = [abs(b - a) / 2 for a, b in pairwise(times)]
     end, last = t[-1].detach(), found[-1].detach()
@@ -71,15 +78,15 @@ def unrolled_solve(
         task = torch._C._current_graph_task_id()
         x, a = split(last), split(grads[-1].detach())
         for who in listeners:
-            who.arrived(task, sampling, end, x, a)
+            who.arrived(task, cast, end, x, a)
         for who in wanting:
-            who.sample(sampling, end, x, a, halves[-1])
+            who.sample(cast, end, x, a, halves[-1])
 
     def passed(k: int, x: Tensor, a: Tensor) -> None:
         duration = halves[k] + (halves[k - 1] if k else 0.0)
         for who in wanting:
             who.sample(
-                sampling, nodes[k][0].detach().to(x.dtype), split(x), split(a.detach()), duration
+                cast, nodes[k][0].detach().to(x.dtype), split(x), split(a.detach()), duration
             )
 
     found.register_hook(arrived)
@@ -105,7 +112,10 @@ def _norm_of_parts(method: Method, split: Split) -> Method:
     given: Any = method.options.get("norm")
 
     def largest(x: Tensor) -> Tensor:
-        return torch.stack([p.square().mean().sqrt() for p in split(x)]).max()
+        # One of them, so that no gradient reaches the others: a root's slope at zero is infinite.
+        return max(
+            (p.square().mean().sqrt() for p in split(x)), key=lambda size: float(size.detach())
+        )
 
     def norm(x: Tensor) -> Any:
         return given(split(x))
