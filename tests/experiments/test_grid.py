@@ -390,6 +390,34 @@ def test_the_users_source_decides_the_key(own, tmp_path, setting):
     assert key() == before != key_of(wine())
     (tmp_path / f"{own}.py").write_text(OWN + "# another thought\n")
     assert key() != before
+    before = key()
+    (tmp_path / "what_it_imports.py").write_text("WIDTH = 16\n")
+    assert key() != before, "a module may import its neighbours"
+
+
+@pytest.mark.parametrize("module", ["{}", "{}.net", "{}.parts.net", "{}.parts"])
+def test_all_of_a_package_decides_the_key(tmp_path, monkeypatch, module):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"own_package_of_the_grid_{next(_NUMBERS)}"
+    parts = tmp_path / name / "parts"
+    parts.mkdir(parents=True)
+    for folder in (parts.parent, parts):
+        for file in ("__init__", "net", "other"):
+            (folder / f"{file}.py").write_text(OWN)
+
+    def key():
+        cache_module._source.cache_clear()
+        return key_of(wine(dataset=f"{module.format(name)}:data"))
+
+    seen = [key()]
+    for changed in (parts / "other.py", parts.parent / "other.py", parts / "net.py"):
+        changed.write_text(OWN + "# another thought\n")
+        seen.append(key())
+    (tmp_path / "beside.py").write_text(OWN)
+    seen.append(key())
+    assert len(set(seen[:-1])) == 4
+    assert seen[-1] == seen[-2], "what lies beside a package is none of it"
 
 
 @pytest.mark.parametrize("name", ["nowhere_at_all:f", "nowhere.at.all:f", ":f", ".mine:f"])

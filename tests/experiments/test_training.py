@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from ocnopt.errors import NonFiniteError, SolverError
+from ocnopt.errors import NonFiniteError, OptionError, SolverError
 from ocnopt.experiments import optimizers, training
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.datasets import Data
@@ -415,3 +415,47 @@ def test_no_loss_is_read_between_rows(monkeypatch):
     monkeypatch.setattr(training._Run, "_log", lambda *args, **kwargs: None)
     train(wine("sgd", steps=16, log_every=16))
     assert len(read) <= 2
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_resumed_run_that_is_refused_changes_nothing(tmp_path):
+    train(wine(steps=20, output=tmp_path))
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match="already done 20 steps"):
+        train(wine(steps=10, output=tmp_path, resume=True))
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_first_step_that_is_refused_leaves_no_run(tmp_path, there):
+    """What an optimizer says of the network is bad input: one line, and the folder is free."""
+    output = tmp_path / "run"
+    if there:
+        output.mkdir()
+    settings = {"dataset": "digits", "network": "residual-fcn", "steps": 3, "lr": 0.1}
+    with pytest.raises(InputError, match="step 1: "):
+        train(TrainConfig(**settings, optimizer="emsa", output=output, evaluate_every=0.5))
+    assert output.exists() == there
+    assert not there or not list(output.iterdir())
+    train(TrainConfig(**settings, optimizer="sgd", output=output))
+
+
+def test_a_later_failure_keeps_the_run(tmp_path, monkeypatch):
+    """What was trained until then can be taken up."""
+    calls = itertools.count()
+    step = torch.optim.Adam.step
+
+    def failing(self, *args):
+        if next(calls) == 25:
+            raise OptionError("not now")
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", failing)
+    with pytest.raises(InputError, match="step 26: not now"):
+        train(wine(steps=40, output=tmp_path, checkpoint_every=10))
+    monkeypatch.undo()
+    again = train(wine(steps=40, output=tmp_path, checkpoint_every=10, resume=True))
+    assert weights(again.model) == weights(train(wine(steps=40)).model)

@@ -50,8 +50,14 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     panel = Panel("small", "MMC", "relu", (Method("SGD", 0.1), Method("EKFAC", 0.03)))
     monkeypatch.setitem(FIGURES, "figure6", vanishing.Figure("Title", "claim", (panel,)))
     monkeypatch.setattr(vanishing, "QUICK_STEPS", 40)
-    monkeypatch.setattr(vanishing, "PROCESSES", 1)
-    settings = Settings("figure6", tmp_path, quick=True, seeds=1)
+    started = []
+    pool = vanishing.ProcessPoolExecutor
+    monkeypatch.setattr(
+        vanishing,
+        "ProcessPoolExecutor",
+        lambda count, **options: started.append(count) or pool(count, **options),
+    )
+    settings = Settings("figure6", tmp_path, quick=True, seeds=1, processes=1)
     report = run(settings, Watcher())
     assert (tmp_path / "figure6.png").stat().st_size > 10_000
     assert [line[1] for line in report.table] == ["SGD, lr 0.1", "EKFAC, lr 0.03"]
@@ -64,3 +70,9 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     again = run(settings, Watcher())
     assert again.table[0] == report.table[0]
     assert again.table[1][3] == "1 of 1, 0", "what is on file counts"
+    assert started == [1]
+    kept.write_text(lines[0] + "\n" + '{"key": "half a li')
+    run(settings, Watcher())
+    lost, last = kept.read_text().splitlines()[1:]
+    assert lost == '{"key": "half a li', "a line that was cut short spoils no other"
+    assert json.loads(last)["key"] == json.loads(lines[1])["key"]

@@ -148,4 +148,20 @@ def _source(name: str) -> str:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return name  # importing it will say what is wrong
-    return f"{name} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()}"
+    digest = hashlib.sha256()
+    for file in _files_beside(Path(spec.origin), module):
+        digest.update(file.read_bytes())
+    return f"{name} {digest.hexdigest()}"
+
+
+def _files_beside(file: Path, module: str) -> list[Path]:
+    """The source that a user's module may be made of: its folder's, or all of its package's.
+
+    What is installed is taken for granted, but for the file itself.
+    """
+    if "site-packages" in file.parts:
+        return [file]
+    if "." not in module and file.name != "__init__.py":
+        return sorted(file.parent.glob("*.py"))
+    root = file.parents[module.count(".") - (file.name != "__init__.py")]
+    return sorted(root.rglob("*.py"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -35,9 +36,10 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self.figure = path / "run.png"
+        self._made = False
 
     def open(self, config: TrainConfig) -> dict[str, Any] | None:
-        """Make the folder ready for a run to write to.
+        """Look at what is there; nothing is written yet.
 
         Args:
             config: The run's resolved settings.
@@ -47,7 +49,7 @@ class RunFolder:
 
         Raises:
             InputError: If the folder holds a run that is not to be resumed, holds none or a
-                different one that is, or cannot be used.
+                different one that is.
         """
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError("an output folder needs matplotlib; pip install 'ocnopt[experiments]'")
@@ -66,13 +68,33 @@ class RunFolder:
                 f"{self.path} already holds a run; take it up with --resume or choose another"
                 " folder"
             )
+        return state
+
+    def begin(self, config: TrainConfig, step: int) -> None:
+        """Make the folder ready for a run to write to.
+
+        Args:
+            config: The run's resolved settings.
+            step: Where it starts.
+
+        Raises:
+            InputError: The folder cannot be written to.
+        """
+        self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, config.to_json())
-            self._truncate_metrics(0 if state is None else state["step"])
+            self._truncate_metrics(step)
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror or error}") from None
-        return state
+
+    def discard(self) -> None:
+        """Take back what :meth:`begin` made, of a run whose first step has failed."""
+        with contextlib.suppress(OSError):
+            for file in (self.config, self.metrics):
+                file.unlink(missing_ok=True)
+            if self._made:
+                self.path.rmdir()
 
     def read_config(self) -> dict[str, Any]:
         """Read the settings of the run in this folder.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocnopt.errors import NonFiniteError
+from ocnopt.errors import NonFiniteError, OcnoptError
 from ocnopt.experiments import optimizers
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.errors import InputError
@@ -140,13 +140,19 @@ class _Run:
             state = self.folder.open(config)
             if state is not None:
                 self._restore(state)
+            self.folder.begin(config, self.step)
             self.rows = self.folder.rows()
 
     def finish(self, watcher: Watcher) -> TrainResult:
         watcher.start(self.step, self.total)
         if self.config.evaluate_every is not None and not self.rows:
             self._log(watcher)
-        self._loop(watcher)
+        try:
+            self._loop(watcher)
+        except Exception:
+            if self.folder is not None and self.step == 0 and not self.config.resume:
+                self.folder.discard()
+            raise
         if self.diverged is not None:
             self._log(watcher)
         if self.folder is not None:
@@ -180,6 +186,8 @@ class _Run:
                 self.diverged = self.step + 1
                 self.spent.stop()
                 return
+            except OcnoptError as error:  # not for this network, say
+                raise InputError(f"step {self.step + 1}: {error}") from error
             self.step += 1
             watcher.stepped(self.step, loss)
 

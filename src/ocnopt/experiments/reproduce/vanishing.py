@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -44,7 +45,6 @@ DAMPING = 3e-3
 WEIGHT = 1.0
 #: A run has left the plateau once its loss is below this share of it.
 LEFT = 0.9
-PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,8 @@ def run(settings: Settings, watcher: Watcher) -> Report:
         for seed in range(seeds)
         for task in [Task(method, panel.loss, panel.activation, seed, steps)]
     }
-    rows = _finish(tasks, settings.output / "vanishing.jsonl", watcher)
+    processes = settings.processes or os.cpu_count() or 1
+    rows = _finish(tasks, settings.output / "vanishing.jsonl", watcher, processes)
     panels: dict[str, dict[str, Runs]] = {}
     table: list[list[str]] = []
     for panel in figure.panels:
@@ -337,8 +338,10 @@ def run(settings: Settings, watcher: Watcher) -> Report:
     )
 
 
-def _finish(tasks: dict[str, Task], path: Path, watcher: Watcher) -> dict[str, dict[str, Any]]:
-    """Rows of all tasks: those on file, and the others run on two processes."""
+def _finish(
+    tasks: dict[str, Task], path: Path, watcher: Watcher, processes: int
+) -> dict[str, dict[str, Any]]:
+    """Rows of all tasks: those on file, and the others run side by side."""
     done: dict[str, dict[str, Any]] = {}
     if path.exists():
         for line in path.read_text().splitlines():
@@ -355,9 +358,11 @@ def _finish(tasks: dict[str, Task], path: Path, watcher: Watcher) -> dict[str, d
     if not missing:
         return {key: done[key] for key in tasks}
     with (
-        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         path.open("a") as file,
     ):
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # after a line that an interruption has cut short
         for row in pool.map(run_task, missing):
             kept = without_non_finite(row)
             file.write(json.dumps(kept) + "\n")
