@@ -124,6 +124,10 @@ def test_a_gradient_that_is_not_finite_is_passed_on(adjoint, value):
         ({"t1": 0.0}, "t0 and t1"),
         ({"t1": float("inf")}, "t1"),
         ({"t0": float("nan")}, "t0"),
+        *(
+            ({"method": "rk4", "options": {"step_size": size}}, "step_size")
+            for size in (0, -0.1, "a", float("nan"), float("inf"))
+        ),
     ],
 )
 def test_options_that_cannot_be(options, named):

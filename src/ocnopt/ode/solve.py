@@ -56,6 +56,9 @@ class Method:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and 0 <= value < math.inf):
                 raise OptionError(f"{option}={value!r}, but it must be finite and at least 0")
+        step = self.options.get("step_size", 1.0)
+        if not (isinstance(step, (int, float, Tensor)) and 0 < float(step) < math.inf):
+            raise OptionError(f"options: step_size={step!r}, but it must be finite and positive")
         if self.adaptive and not (self.rtol or self.atol):
             raise OptionError("rtol and atol are both 0, which no step can meet; set one of them")
 
