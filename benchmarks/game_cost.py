@@ -119,6 +119,10 @@ def measure(net: str, cycles: int) -> dict[str, dict[str, float]]:
 
 def page(figures: dict[str, dict[str, dict[str, float]]], threads: int) -> str:
     """The table as Markdown."""
+    floors = [
+        f"{net} {1 + 2 / 3 * table['SGD']['seconds'] / table['EKFAC']['seconds']:.2f}"
+        for net, table in figures.items()
+    ]
     lines = [
         "# What a step of DGNOpt costs",
         "",
@@ -128,6 +132,12 @@ def page(figures: dict[str, dict[str, dict[str, float]]], threads: int) -> str:
         "optimizers took turns in one run.",
         "",
         *relative(figures, "EKFAC"),
+        "",
+        "Feedback adds two products per layer, the update applied to recorded inputs and a weight",
+        "gradient, to EKFAC's step; one of SGD has three. That floor, of feedback alone, without",
+        f"value function or joint solve: {', '.join(floors)}. Convolutions go below it, as they",
+        "answer both from per-sample gradients; the network on DIGITS pays for the number of",
+        "operations instead.",
         "",
     ]
     return "\n".join(lines)
