@@ -2,6 +2,8 @@
 
 # ruff: noqa: SIM300 (Q_T is no constant)
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -285,3 +287,17 @@ def test_micro_batches_count_and_so_does_a_field_without_weights():
                 (loss_of(ode, part) / parts).backward()
             changes.append(horizon.step().Q_T)
         assert changes[0] == pytest.approx(changes[1], rel=1e-6)
+
+
+def test_nothing_is_left_on_the_weights():
+    for how in ("removed", "forgotten"):
+        ode = exact(Field())
+        horizon = IntegrationTime(ode, rule="first-order", every=1)
+        loss_of(ode, torch.randn(5, 3, dtype=torch.float64)).backward()
+        horizon.step()
+        assert all(p._post_accumulate_grad_hooks for p in ode.func.parameters())
+        if how == "removed":
+            horizon.remove()
+        del horizon
+        gc.collect()
+        assert not any(p._post_accumulate_grad_hooks for p in ode.func.parameters())

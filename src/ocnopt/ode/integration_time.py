@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +137,10 @@ class IntegrationTime:
         #: Per backward pass: sums of s and of its square, and samples, of every solve.
         self._passes: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
         self._counted: set[int] = set()
-        self._hooked: dict[Tensor, Any] = {}
-        self.active = True
+        self._hooked: set[Tensor] = set()
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+        self.active = True  # its hooks ask
         self._before: list[tuple[Tensor, Tensor]] | None = None
         self._hook = None if optimizer is None else optimizer.register_step_pre_hook(self._keep)
         ode.follow(self)
@@ -145,8 +148,8 @@ class IntegrationTime:
     def remove(self) -> None:
         """Follow block and optimizer no longer."""
         self.ode.unfollow(self)
-        for handle in self._hooked.values():
-            handle.remove()
+        _remove(self._handles)
+        self._hooked.clear()
         if self._hook is not None:
             self._hook.remove()
 
@@ -180,7 +183,8 @@ class IntegrationTime:
         trained = [p for p in self.ode.func.parameters() if p.requires_grad]
         for p in trained:
             if p not in self._hooked and p.is_leaf:
-                self._hooked[p] = p.register_post_accumulate_grad_hook(GradHook(self, 0))
+                self._hooked.add(p)
+                self._handles.append(p.register_post_accumulate_grad_hook(GradHook(self, 0)))
         if trained and all(p.grad is None for p in trained):
             self._forget()
         elif trained:
@@ -300,6 +304,12 @@ class IntegrationTime:
         self._weight, self._s, self._curve = state["weight"], state["s"], state["curve"]
         self._forget()
         self._before = None
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def _moved(before: list[tuple[Tensor, Tensor]]) -> float:
