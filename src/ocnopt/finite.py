@@ -1,8 +1,8 @@
 """Whether tensors are finite, at the cost of one pass over them.
 
-A finite Euclidean norm says that every entry is. On a CPU it takes a fiftieth of the time that
-``isfinite().all()`` takes, and a thirtieth of the largest entry's; as squares overflow where
-entries do not, a norm that is not finite is looked into.
+A finite Euclidean norm says that every entry is. On a CPU it took a thirtieth to a fiftieth of the
+time of ``isfinite().all()`` and of the largest entry, on weights of a million entries; as squares
+overflow where entries do not, a norm that is not finite is looked into.
 """
 
 from __future__ import annotations

@@ -30,13 +30,14 @@ class RootMeanSquare(Diagonal):
         self, rates: Rates, squares: Params, eps: float, corrections: Sequence[float] | None = None
     ) -> None:
         super().__init__(rates, squares)
+        self.squares = squares
         self.eps = eps
         self.corrections = corrections
 
     @property
     def scales(self) -> Params:
         """New tensors."""
-        return tuple(self._root(i, square) for i, square in enumerate(self._scales))
+        return tuple(self._root(i, square) for i, square in enumerate(self.squares))
 
     def solve(self, params: Params) -> Params:
         """Elementwise division; real and imaginary parts have an M of their own."""
@@ -50,7 +51,7 @@ class RootMeanSquare(Diagonal):
 
     def scale_rows(self, index: Tensor) -> Tensor:
         """Of the rows alone."""
-        return self._root(0, self._scales[0][index])
+        return self._root(0, self.squares[0][index])
 
     def _root(self, i: int, square: Tensor) -> Tensor:
         root = square.sqrt()
