@@ -43,8 +43,8 @@ def trained(monkeypatch, by_factors, rule, **options):
     with monkeypatch.context() as patch:
         patch.setattr(MatrixLayer, "factors", watching("alone", MatrixLayer.factors))
         for frame in (EigenFrame, KroneckerFrame):
-            jointly = watching("jointly", frame.gram_and_enter_factors)
-            patch.setattr(frame, "gram_and_enter_factors", jointly)
+            jointly = watching("jointly", frame.gram_and_seen_factors)
+            patch.setattr(frame, "gram_and_seen_factors", jointly)
         if not by_factors:
             patch.setattr(MatrixLayer, "few_locations", lambda *args, **kwargs: False)
         for i in range(6):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from ocnopt.curvature.correlation import Correlation
 from ocnopt.curvature.coupling import MOST, Many, Pair, couple
 from ocnopt.curvature.frames import KroneckerFrame
 from ocnopt.curvature.metric import Kronecker
@@ -192,11 +193,11 @@ def test_no_correlation_leaves_every_player_by_itself(players):
 def test_impossible_correlations_are_scaled_down_and_counted():
     a = torch.eye(3, dtype=torch.float64)[None] * 1.5
     b = torch.eye(2, dtype=torch.float64)[None]
-    pair = couple({(0, 1): (a, b)}, 2)
+    pair = couple({(0, 1): Correlation(a, b)}, 2)
     assert pair.failures == 2
     assert float((1 - 1 / (1 + pair.own)).max()) == pytest.approx(MOST**4)
     signs = {(0, 1): 1.0, (0, 2): 1.0, (1, 2): -1.0}
-    many = couple({key: (a * s / 1.7, b * 0.9) for key, s in signs.items()}, 3)
+    many = couple({key: Correlation(a * s / 1.7, b * 0.9) for key, s in signs.items()}, 3)
     assert many.failures > 0
     ys = [torch.randn(1, 2, 3, dtype=torch.float64) for _ in range(3)]
     back = many.times(many.solve(ys))
@@ -208,7 +209,7 @@ def test_correlations_too_weak_to_do_harm_are_left_as_they_are():
     """No data have these inputs, but with such outputs C is positive definite all the same."""
     a, b = (torch.eye(n, dtype=torch.float64)[None] for n in (3, 2))
     signs = {(0, 1): 1.0, (0, 2): 1.0, (1, 2): -1.0}
-    many = couple({key: (a * s / 1.7, b * 0.5) for key, s in signs.items()}, 3)
+    many = couple({key: Correlation(a * s / 1.7, b * 0.5) for key, s in signs.items()}, 3)
     assert many.failures == 0
     assert many.strength < 1
     columns = torch.eye(18, dtype=torch.float64).view(18, 3, 1, 2, 3).unbind(1)
@@ -230,9 +231,11 @@ def test_a_group_that_goes_wrong_leaves_the_others_as_they_are(what, players):
         for n, m in pairs
     }
     both = {}
-    for pair, (a, b) in one.items():
+    for pair, between in one.items():
+        a, b = between.a, between.b
         wrong = torch.full_like(a, what) if what > 2 or what != what else a / a.norm() * what
-        both[pair] = torch.cat([wrong, a]), torch.cat([b / b.norm() if what == 1.5 else b, b])
+        first = b / b.norm() if what == 1.5 else b
+        both[pair] = Correlation(torch.cat([wrong, a]), torch.cat([first, b]))
     alone, together = couple(one, players), couple(both, players)
     assert alone.failures == 0
     assert together.failures > 0
@@ -266,7 +269,9 @@ def test_vectors_whose_squares_vanish_make_no_nan(size):
     dense = Dense(seen(3))
     frames, many = dense.coupling()
     ys = [f.enter(d[None]).float() * size for f, d in zip(frames, directions(3), strict=True)]
-    small = Many({pair: (a.float(), b.float()) for pair, (a, b) in many.correlations.items()}, 3)
+    small = Many(
+        {k: Correlation(x.a.float(), x.b.float()) for k, x in many.correlations.items()}, 3
+    )
     for x in small.solve(ys):
         assert bool(torch.isfinite(x).all())
     assert bool(torch.isfinite(small.gram([y[None, None] for y in ys])).all())

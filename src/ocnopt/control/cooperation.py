@@ -20,7 +20,10 @@ from ocnopt.control.batch import Batch
 from ocnopt.control.cross import cross_factors, update_cross_factors
 from ocnopt.control.trace import ALL, Trace
 from ocnopt.control.turns import Moments, Turn
-from ocnopt.curvature.coupling import Coarse, Coupling, couple
+from ocnopt.curvature.coarse import Coarse, coarse
+from ocnopt.curvature.correlation import Correlation
+from ocnopt.curvature.coupling import Coupling, couple
+from ocnopt.curvature.directions import Directions
 from ocnopt.curvature.eigen import Eigen
 from ocnopt.curvature.frames import EigenFrame, Frame, KroneckerFrame
 from ocnopt.curvature.kronecker import Factored
@@ -38,13 +41,15 @@ class Joined:
         made_of: The factors.
         frames: The members' coordinates.
         coupling: Between them.
-        coarse: The same for Gram numbers.
+        coarse: The same for Gram numbers; None where they need none.
+        directions: The members', in which it is.
     """
 
     made_of: tuple[Tensor, ...]
     frames: list[Frame]
     coupling: Coupling
-    coarse: Coarse
+    coarse: Coarse | None
+    directions: list[Directions]
 
 
 #: By the members' names.
@@ -64,7 +69,8 @@ class Cooperation:
         self.known = known
         self.frames: list[Frame] = []
         self.coupling: Coupling | None = None
-        self.coarse: Coarse
+        self.coarse: Coarse | None = None
+        self.directions: list[Directions] = []
         self.tolerance = 0.0
 
     def observe(self, moments: Moments) -> None:
@@ -98,6 +104,7 @@ class Cooperation:
             frames = known.frames
             self.frames = frames if _separable(frames) else [_frame(t, rule) for t in self.turns]
             self.coupling, self.coarse = known.coupling, known.coarse
+            self.directions = known.directions
             return
         self.frames = [_frame(turn, rule) for turn in self.turns]
         correlations = {
@@ -105,18 +112,21 @@ class Cooperation:
             for n, m in combinations(range(len(self.turns)), 2)
         }
         self.coupling = couple(correlations, len(self.turns))
-        self.coarse = Coarse(correlations, len(self.turns), rule.gram_tolerance)
+        self.coarse = coarse(self.coupling, rule.gram_tolerance)
+        if self.coarse is not None:
+            both = zip(self.frames, self.coarse.bases, strict=True)
+            self.directions = [frame.directions(*bases) for frame, bases in both]
         self._count(self.coupling.failures)
-        self.known[names] = Joined(made_of, self.frames, self.coupling, self.coarse)
+        self.known[names] = Joined(
+            made_of, self.frames, self.coupling, self.coarse, self.directions
+        )
 
-    def _correlation(
-        self, n: int, m: int, cross: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _correlation(self, n: int, m: int, cross: tuple[Tensor, Tensor] | None) -> Correlation:
         """Zero where the two have not met."""
         one, other = self.frames[n], self.frames[m]
         if cross is not None:
             return one.correlate(*cross, other)
-        return (
+        return Correlation(
             one.a_root.new_zeros(*one.a_root.shape[:-1], other.a_root.shape[-1]),
             one.b_root.new_zeros(*one.b_root.shape[:-1], other.b_root.shape[-1]),
         )
@@ -155,7 +165,7 @@ class Cooperation:
         members = [trace for trace in traces if trace is not None]
         if self.coupling is None or len(members) < len(traces):
             return None
-        if self.coupling.strength < self.tolerance or self.coarse.coupling is None:
+        if self.coupling.strength < self.tolerance or self.coarse is None:
             return None
         if all(trace.single for trace in members):
             out = self._outer_gram(members)
@@ -166,35 +176,19 @@ class Cooperation:
 
     def _outer_gram(self, traces: Sequence[Trace]) -> Tensor:
         """One location per sample: gradients are outer products of what is turned once."""
-        coupling = self.coarse.coupling
-        assert coupling is not None
-        networks = traces[0].layer.networks
-        sides, total = [], None
-        for turn, trace, frame, inputs in zip(
-            self.turns, traces, self.frames, self.coarse.inputs, strict=True
+        assert self.coarse is not None
+        total, seen = None, []
+        for turn, trace, frame, where in zip(
+            self.turns, traces, self.frames, self.directions, strict=True
         ):
             layer: Any = trace.layer
             assert turn.metric is not None
-            own = layer.gram(trace.features[0], trace.columns[0], turn.metric)
+            a, columns = trace.features[0], trace.columns[0]
+            own = layer.gram(a, columns, turn.metric)
             total = own if total is None else total + own
-            rows = layer.homogeneous(trace.features[0]).to(frame.dtype)
-            columns = trace.columns[0].to(frame.dtype)
-            a_basis, b_basis, scales = frame.sides(inputs)
-            p = torch.stack([layer.times(column, b_basis) for column in columns], 1)
-            q = layer.times(rows, a_basis)
-            sides.append((_by_network(p, networks), _by_network(q, networks), scales))
+            seen.append(frame.outer_seen(turn.metric, layer, a, columns, where))
         assert total is not None
-        size = sum(p[0].numel() * q.shape[-1] for p, q, _ in sides)
-        step = max(1, CHUNK // size)
-        parts = []
-        for start in range(0, len(sides[0][0]), step):
-            part = slice(start, start + step)
-            ys = [
-                (p[part].unsqueeze(-1) * q[part].unsqueeze(2).unsqueeze(2)).movedim(1, 2) / scales
-                for p, q, scales in sides
-            ]
-            parts.append(coupling.added(ys))
-        added = torch.cat(parts).movedim(0, 1).reshape(total.shape)
+        added = self.coarse.coupling.added(seen).movedim(0, 1).reshape(total.shape)
         out: Tensor = total + added.to(total.dtype) * self._rate
         return out
 
@@ -203,27 +197,26 @@ class Cooperation:
 
         Where a member has few locations, its gradients are formed in its coordinates alone.
         """
-        coarse = self.coarse
-        assert coarse.coupling is not None
+        assert self.coarse is not None
         size = sum(trace.layer.numel * trace.rank for trace in traces)
         step = max(1, CHUNK // size)
-        members = list(zip(self.turns, traces, self.frames, coarse.inputs, strict=True))
+        members = list(zip(self.turns, traces, self.frames, self.directions, strict=True))
         parts = []
         for start in range(0, batch.samples, step):
             part = ALL if step >= batch.samples else slice(start, start + step)
-            ys, own = [], []
-            for turn, trace, frame, inputs in members:
+            seen, own = [], []
+            for turn, trace, frame, where in members:
                 assert turn.metric is not None
                 factors = trace.factors(part)
                 if factors is not None:
-                    gram, y = frame.gram_and_enter_factors(turn.metric, *factors, inputs)
+                    gram, z = frame.gram_and_seen_factors(turn.metric, *factors, where)
                 else:
                     gradients = trace.sample_columns(part)
-                    gram, y = frame.gram_and_enter(turn.metric, gradients, inputs)
+                    gram, z = frame.gram_and_seen(turn.metric, gradients, where)
                 own.append(gram)
-                ys.append(y)
+                seen.append(z)
             total = torch.stack(own).sum(0)
-            parts.append(total + coarse.coupling.added(ys).sum(1) * self._rate)
+            parts.append(total + self.coarse.coupling.added(seen).sum(1) * self._rate)
         return torch.cat(parts)
 
     @property
@@ -243,12 +236,6 @@ def _frame(turn: Turn, rule: Factored) -> Frame:
 
 def _separable(frames: Sequence[Frame]) -> bool:
     return all(isinstance(frame, KroneckerFrame) for frame in frames)
-
-
-def _by_network(values: Tensor, networks: int) -> Tensor:
-    """Samples (S * b, ...), one network's after another's, as (b, S, ...)."""
-    own: Tensor = values.unflatten(0, (networks, -1))
-    return own.movedim(0, 1)
 
 
 def _same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ocnopt.curvature.correlation import Correlation, Correlations, dense
 from ocnopt.curvature.factorize import definite, singular_bases
 from ocnopt.finite import finite_blocks
 
-__all__ = ["Coarse", "Coupling", "Many", "Pair", "couple"]
-
-Correlations = Mapping[tuple[int, int], tuple[Tensor, Tensor]]
+__all__ = ["Coupling", "Many", "Pair", "couple"]
 
 #: Correlations that no damped factors over the same samples can have are brought below this.
 MOST = 0.999
@@ -65,35 +64,49 @@ class Pair(Coupling):
     """Two players, by canonical correlations of their inputs and of their output gradients.
 
     Args:
-        a: Correlation of inputs, (groups, in, in of the other).
-        b: Correlation of output gradients, (groups, out, out of the other).
+        between: What they have in common.
+
+    Attributes:
+        b_left: The first player's canonical directions of output gradients, (groups, out, kb); None
+            where they are its coordinates.
+        b_right: The second player's.
+        a_left: The first player's canonical directions of inputs, (groups, in, ka), or None.
+        a_right: The second player's.
+        c: Canonical correlations, (groups, kb, ka).
 
     Raises:
         ValueError: No singular vectors could be had.
     """
 
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.a_left, a_values, self.a_right = singular_bases(a)
-        self.b_left, b_values, self.b_right = singular_bases(b)
+    def __init__(self, between: Correlation) -> None:
+        self.a_left, a_values, self.a_right = _canonical(between.a)
+        self.b_left, b_values, self.b_right = _canonical(between.b)
         for values in (a_values, b_values):
-            most = values.amax(-1, keepdim=True)
+            most = values.abs().amax(-1, keepdim=True)
             over = most >= 1
             values.mul_(torch.where(over, MOST / most, 1))
             self.failures += int(over.any())
-        c = b_values[:, :, None] * a_values[:, None, :]
-        self.strength = float(c.max())
+        self.a_values, self.b_values = a_values, b_values
+        self.c = c = b_values[:, :, None] * a_values[:, None, :]
+        self.strength = float(c.abs().max())
         rest = 1 - c * c
-        #: What coupling adds to the inverse's diagonal and puts beside it, (groups, kb, ka).
+        #: What coupling adds to the inverse's diagonal and puts beside it.
         self.own = c * c / rest
         self.cross = c / rest
 
+    def _canonically(self, ys: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both players' matrices in the canonical coordinates, (..., groups, kb, ka)."""
+        return (
+            _into(self.b_left, ys[0], self.a_left),
+            _into(self.b_right, ys[1], self.a_right),
+        )
+
     def solve(self, ys: list[Tensor]) -> list[Tensor]:
         """``(u - c v) / (1 - c^2)`` in the canonical coordinates, and u, v the other way round."""
-        u = self.b_left.mT @ ys[0] @ self.a_left
-        v = self.b_right.mT @ ys[1] @ self.a_right
+        u, v = self._canonically(ys)
         return [
-            ys[0] + self.b_left @ (self.own * u - self.cross * v) @ self.a_left.mT,
-            ys[1] + self.b_right @ (self.own * v - self.cross * u) @ self.a_right.mT,
+            ys[0] + _out_of(self.b_left, self.own * u - self.cross * v, self.a_left),
+            ys[1] + _out_of(self.b_right, self.own * v - self.cross * u, self.a_right),
         ]
 
     def gram(self, ys: list[Tensor]) -> Tensor:
@@ -102,8 +115,7 @@ class Pair(Coupling):
 
     def added(self, ys: list[Tensor]) -> Tensor:
         """From the canonical coordinates alone."""
-        u = self.b_left.mT @ ys[0] @ self.a_left
-        v = self.b_right.mT @ ys[1] @ self.a_right
+        u, v = self._canonically(ys)
         first = products(u, self.own * u - self.cross * v)
         return first + products(v, self.own * v - self.cross * u)
 
@@ -112,14 +124,14 @@ class Many(Coupling):
     """Any number of players, by conjugate gradients.
 
     Args:
-        correlations: By pair of players (n, m), n < m: correlation of inputs and of gradients.
+        correlations: Between every two of them.
         players: How many there are.
         tolerance: Relative error allowed in Gram numbers.
-
     """
 
     def __init__(self, correlations: Correlations, players: int, tolerance: float = 0.0) -> None:
         self.tolerance = tolerance
+        self.players = players
         self.correlations = correlations
         self.strength = _strength(correlations, players)
         if self.strength >= 1:  # else C is positive definite
@@ -127,12 +139,12 @@ class Many(Coupling):
 
     def _scale_down(self, players: int) -> None:
         """Until both sides' correlations are those of some data."""
-        a, _ = next(iter(self.correlations.values()))
-        scale = a.new_ones(a.shape[0], 1, 1)
+        some = next(iter(self.correlations.values())).a
+        scale = some.new_ones(some.shape[0], 1, 1)
         for _ in range(RAISES):
             wrong = ~(
-                _definite(self.correlations, players, 0, scale)
-                & _definite(self.correlations, players, 1, scale)
+                _definite({k: x.a for k, x in self.correlations.items()}, players, scale)
+                & _definite({k: x.b for k, x in self.correlations.items()}, players, scale)
             )
             if not bool(wrong.any()):
                 break
@@ -141,17 +153,15 @@ class Many(Coupling):
         else:
             scale = torch.where(wrong[:, None, None], 0, scale)
         if self.failures:
-            self.correlations = {
-                pair: (a * scale, b * scale) for pair, (a, b) in self.correlations.items()
-            }
+            self.correlations = {pair: x.times(scale) for pair, x in self.correlations.items()}
             self.strength = _strength(self.correlations, players)
 
     def times(self, ys: list[Tensor]) -> list[Tensor]:
         """``C y``."""
         out = list(ys)
-        for (n, m), (a, b) in self.correlations.items():
-            out[n] = out[n] + b @ ys[m] @ a.mT
-            out[m] = out[m] + b.mT @ ys[n] @ a
+        for (n, m), between in self.correlations.items():
+            out[n] = out[n] + between.to_first(ys[m])
+            out[m] = out[m] + between.to_second(ys[n])
         return out
 
     def solve(self, ys: list[Tensor]) -> list[Tensor]:
@@ -175,7 +185,7 @@ def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> 
     """The coupling of the players of a stage.
 
     Args:
-        correlations: By pair of players (n, m), n < m: correlation of inputs and of gradients.
+        correlations: Between every two of them.
         players: How many there are, at least two.
         tolerance: Relative error allowed in Gram numbers.
 
@@ -184,8 +194,8 @@ def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> 
     """
     correlations, failures = _finite(correlations)
     if players == 2:
-        ((a, b),) = correlations.values()
-        coupling: Coupling = Pair(a, b)
+        (between,) = correlations.values()
+        coupling: Coupling = Pair(between)
     else:
         coupling = Many(correlations, players, tolerance)
     coupling.failures += failures
@@ -194,79 +204,33 @@ def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> 
 
 def _finite(correlations: Correlations) -> tuple[Correlations, int]:
     """Correlations without the groups in which one is not finite; whether there were such."""
-    sound = torch.stack([finite_blocks(x) for pair in correlations.values() for x in pair]).all(0)
+    sides = [side for between in correlations.values() for side in (between.a, between.b)]
+    sound = torch.stack([finite_blocks(side) for side in sides]).all(0)
     if bool(sound.all()):
         return correlations, 0
-    keep = sound[:, None, None]
-    kept = {
-        pair: (torch.where(keep, a, 0), torch.where(keep, b, 0))
-        for pair, (a, b) in correlations.items()
-    }
-    return kept, 1
+
+    def kept(side: Tensor) -> Tensor:
+        return torch.where(sound.view(-1, *[1] * (side.dim() - 1)), side, 0)
+
+    return {k: Correlation(kept(x.a), kept(x.b)) for k, x in correlations.items()}, 1
 
 
 def _strength(correlations: Correlations, players: int) -> float:
     """At least the norm of all correlations together: the greatest sum over one player's."""
     rows = [0.0] * players
-    for pair, (a, b) in correlations.items():
-        norm = float(_norm_bound(a) * _norm_bound(b))
+    for pair, between in correlations.items():
+        a, b = between.bounds()
         for n in pair:
-            rows[n] += norm
+            rows[n] += a * b
     return max(rows)
 
 
-def _norm_bound(matrix: Tensor) -> Tensor:
-    """At least the spectral norm of every block, without a decomposition."""
-    sums = [torch.linalg.matrix_norm(matrix, order) for order in (1, float("inf"))]
-    bound: Tensor = (sums[0] * sums[1]).sqrt().max()
-    return bound
-
-
-class Coarse:
-    """A coupling for Gram numbers, in the coordinates that correlations are seen in.
-
-    Players share few directions: those in which inputs are large, which an eigenbasis has apart.
-
-    Args:
-        correlations: As in :func:`couple`.
-        players: How many there are.
-        tolerance: How much of C, in norm, may be left out.
-
-    Attributes:
-        coupling: Between what is kept; None where that is nothing.
-        inputs: The coordinates kept of every player's inputs.
-    """
-
-    def __init__(self, correlations: Correlations, players: int, tolerance: float) -> None:
-        sizes: list[Tensor | None] = [None] * players
-        for (n, m), (a, b) in correlations.items():
-            weight = _norm_bound(b)
-            for player, rows in ((n, a), (m, a.mT)):
-                squares = (rows.square().sum(-1).amax(0)) * weight**2
-                known = sizes[player]
-                sizes[player] = squares if known is None else torch.maximum(known, squares)
-        self.inputs = [_largest(s, tolerance / players) for s in sizes if s is not None]
-        self.coupling: Coupling | None = None
-        if all(len(kept) for kept in self.inputs):
-            small = {
-                (n, m): (a[:, self.inputs[n][:, None], self.inputs[m]], b)
-                for (n, m), (a, b) in correlations.items()
-            }
-            self.coupling = couple(small, players, tolerance)
-
-
-def _largest(squares: Tensor, tolerance: float) -> Tensor:
-    """Indices of the entries without which the root of the sum is at most the tolerance."""
-    values, order = squares.sort()
-    dropped = int((values.cumsum(0) <= tolerance**2).sum())
-    return order[dropped:].sort().values
-
-
-def _definite(correlations: Correlations, players: int, side: int, scale: Tensor) -> Tensor:
+def _definite(sides: Mapping[tuple[int, int], Tensor], players: int, scale: Tensor) -> Tensor:
     """In which groups one side's correlations of all players are positive definite, (groups,)."""
     blocks: list[list[Tensor | None]] = [[None] * players for _ in range(players)]
-    for (n, m), pair in correlations.items():
-        blocks[n][m], blocks[m][n] = pair[side] * scale, pair[side].mT * scale
+    for (n, m), side in sides.items():
+        block = dense(side) * scale
+        blocks[n][m], blocks[m][n] = block, block.mT
     rows = []
     for row in blocks:
         like = next(block for block in row if block is not None)
@@ -274,6 +238,25 @@ def _definite(correlations: Correlations, players: int, side: int, scale: Tensor
         own = eye.expand(like.shape[0], -1, -1)
         rows.append(torch.cat([own if block is None else block for block in row], -1))
     return definite(torch.cat(rows, -2))
+
+
+def _canonical(side: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Singular vectors and values of a side; no vectors where it is diagonal."""
+    if side.dim() == 2:
+        return None, side.clone(), None
+    return singular_bases(side)
+
+
+def _into(b: Tensor | None, y: Tensor, a: Tensor | None) -> Tensor:
+    """``b^T y a``, the identity where there is none."""
+    y = y if b is None else b.mT @ y
+    return y if a is None else y @ a
+
+
+def _out_of(b: Tensor | None, y: Tensor, a: Tensor | None) -> Tensor:
+    """``b y a^T``, likewise."""
+    y = y if b is None else b @ y
+    return y if a is None else y @ a.mT
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:

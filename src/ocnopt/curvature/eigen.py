@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -17,15 +16,15 @@ from ocnopt.curvature.metric import (
     gram_of,
     over_locations,
 )
+from ocnopt.curvature.salient import Salient, rest, salient, squares
+from ocnopt.layers.base import CHUNK
 
 if TYPE_CHECKING:
+    from ocnopt.curvature.directions import Directions
     from ocnopt.layers.base import Params
     from ocnopt.layers.linear import LinearLayer
 
 __all__ = ["Eigen", "rotated_factors"]
-
-#: Below so many entries a matrix is faster multiplied than looked through.
-SMALL = 1 << 11
 
 
 class Eigen(Metric):
@@ -38,8 +37,7 @@ class Eigen(Metric):
         basis_b: (groups, out, out).
         scales: Eigenvalues with damping added, (groups, out, in).
         tolerance: Relative error allowed in Gram numbers. Most eigenvalues are far below the
-            damping: what a gradient has in their directions is known from its norm, and need not
-            be looked at one by one.
+            damping, and need not be looked at one by one.
     """
 
     def __init__(
@@ -89,97 +87,109 @@ class Eigen(Metric):
             self._turned = (a, columns, rows, each_column(layer, columns.to(dtype), self.basis_b))
         return self._turned[2:]
 
+    @cached_property
+    def salient(self) -> Salient:
+        """Where the eigenbasis is looked at for Gram numbers."""
+        return salient(self.basis_a, self.basis_b, self.scales, self.tolerance)
+
     def sample_gram(self, gradients: Params) -> Tensor:
         """Per-sample gradients are rotated once; in the eigenbasis M is diagonal."""
-        matrix = self.layer.to_matrix(gradients).to(self.basis_b.dtype)
-        basis_a, basis_b, scales, floor = self._salient
-        turned = basis_b.mT @ (matrix @ basis_a)
-        gram = _gram_in_basis(turned, scales, floor, lambda: _squares(matrix.flatten(2)))
+        matrix = self._matrix(gradients)
+        turned = self.salient.turned(matrix)
+        gram = self.salient.gram(turned, lambda: squares(matrix.flatten(2)))
         return gram.to(gradients[0].dtype) * self.rates[0]
 
     def factor_gram(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Gradients are formed in the eigenbasis, of rotated factors, where M is diagonal."""
         rows, cols = rows.to(self.basis_a.dtype), cols.to(self.basis_a.dtype)
-        basis_a, basis_b, scales, floor = self._salient
-        turned = rotated_factors(rows, cols, basis_a, basis_b)
+        turned = rotated_factors(rows, cols, self.salient.inputs, self.salient.outputs)
         whole = partial(over_locations, rows, rows, cols, cols)
-        return _gram_in_basis(turned, scales, floor, whole) * self.rates[0]
+        return self.salient.gram(turned, whole) * self.rates[0]
 
-    def sample_gram_and_rotated(self, gradients: Params, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`sample_gram`, and the rotated gradients at some coordinates of the inputs.
+    def sample_gram_and_seen(self, gradients: Params, where: Directions) -> tuple[Tensor, Tensor]:
+        """:meth:`sample_gram`, and ``L^T [(U_B^T D U_A) / sqrt(scales)] R`` of the gradients.
 
         What both look at is rotated once.
 
         Args:
             gradients: (B, r, *parameter).
-            inputs: Indices in ascending order.
+            where: L and R.
 
         Returns:
-            (B, r, r) and (B, r, groups, out, kept).
+            (B, r, r) and (B, r, groups, columns of L, columns of R).
         """
-        matrix = self.layer.to_matrix(gradients).to(self.basis_b.dtype)
-        basis_a, scales, floor, at = self._salient_and(inputs)
-        turned = self.basis_b.mT @ (matrix @ basis_a)
-        gram = _gram_in_basis(turned, scales, floor, lambda: _squares(matrix.flatten(2)))
-        return gram.to(gradients[0].dtype) * self.rates[0], turned[..., at]
+        basis, matrix, other = self.salient, self._matrix(gradients), None
+        if basis.floor is None:
+            turned = basis.turned(matrix)
+        else:  # one product with the gradients for both: they are large
+            columns = matrix @ torch.cat((basis.inputs, where.inputs_turned), -1)
+            kept = basis.inputs.shape[-1]
+            turned = basis.outputs.mT @ columns[..., :kept]
+            other = where.outputs_turned.mT @ columns[..., kept:]
+        gram = basis.gram(turned, lambda: squares(matrix.flatten(2)))
+        return gram.to(gradients[0].dtype) * self.rates[0], basis.seen(turned, other, where)
 
-    def factor_gram_and_rotated(
-        self, rows: Tensor, cols: Tensor, inputs: Tensor
+    def factor_gram_and_seen(
+        self, rows: Tensor, cols: Tensor, where: Directions
     ) -> tuple[Tensor, Tensor]:
         """The same of gradients by their factors, as in :meth:`factor_gram`."""
         rows, cols = rows.to(self.basis_a.dtype), cols.to(self.basis_a.dtype)
-        basis_a, scales, floor, at = self._salient_and(inputs)
-        turned = rotated_factors(rows, cols, basis_a, self.basis_b)
-        whole = partial(over_locations, rows, rows, cols, cols)
-        gram = _gram_in_basis(turned, scales, floor, whole)
-        return gram * self.rates[0], turned[..., at]
+        basis, other = self.salient, None
+        turned = rotated_factors(rows, cols, basis.inputs, basis.outputs)
+        if basis.floor is not None:
+            other = rotated_factors(rows, cols, where.inputs_turned, where.outputs_turned)
+        gram = basis.gram(turned, partial(over_locations, rows, rows, cols, cols))
+        return gram * self.rates[0], basis.seen(turned, other, where)
 
-    @cached_property
-    def _directions(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where M is more than its smallest entry: inputs and outputs; and that entry.
+    def outer_seen(
+        self, layer: LinearLayer, a: Tensor, columns: Tensor, where: Directions
+    ) -> Tensor:
+        """``L^T [(U_B^T D U_A) / sqrt(scales)] R`` of ``D = P_h [a; 1]^T``, which is not formed.
 
-        Without it in every other direction, an error of at most ``tolerance`` in Gram numbers; None
-        where all directions are kept.
-        """
-        if not self.tolerance or self.scales[0].numel() < SMALL:
-            return None
-        floor, most = self.scales.aminmax()
-        # The rest is a difference of squares, whose rounding the floor magnifies.
-        if float(most / floor) * _rounding(self.scales) > 0.1 * self.tolerance:
-            return None
-        above = self.scales > floor * (1 + self.tolerance)
-        inputs = above.any(0).any(0).nonzero()[:, 0]
-        outputs = above.any(0).any(1).nonzero()[:, 0]
-        if len(inputs) * len(outputs) > above.shape[1] * above.shape[2] / 2:
-            return None
-        return inputs, outputs, floor
-
-    @cached_property
-    def _salient(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Bases and scales in those directions, and the smallest entry."""
-        if self._directions is None:
-            return self.basis_a, self.basis_b, self.scales, None
-        inputs, outputs, floor = self._directions
-        return (
-            self.basis_a[:, :, inputs],
-            self.basis_b[:, :, outputs],
-            self.scales[:, outputs[:, None], inputs],
-            floor,
-        )
-
-    def _salient_and(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """For all outputs, and salient inputs along with some others.
+        Args:
+            layer: A linear layer.
+            a: Inputs (B, in).
+            columns: (r, B, out).
+            where: L and R.
 
         Returns:
-            The inputs' basis, the scales, M's smallest entry as in :attr:`_salient`, and where the
-            inputs asked for are among those returned.
+            (B / networks, r, networks, columns of L, columns of R).
         """
-        if self._directions is None:
-            return self.basis_a, self.scales, None, inputs
-        salient, _, floor = self._directions
-        columns = torch.cat((salient, inputs)).unique()
-        at = torch.searchsorted(columns, inputs)
-        return self.basis_a[:, :, columns], self.scales[:, :, columns], floor, at
+        basis, networks = self.salient, layer.networks
+        rows, cols = self._turned_factors(layer, a, columns)
+        left, right = basis.within(where)
+        q, p = by_network(rows, networks), by_network(cols, networks)
+        parts = []
+        each = max(basis.weights.numel(), p.numel())
+        for some in right.split(max(1, CHUNK // each), -1):
+            # (networks, in, out * columns): M's diagonal and R, for all samples alike.
+            table = (basis.weights.mT.unsqueeze(-1) * some.unsqueeze(-2)).flatten(2)
+            moved = (q @ table).unflatten(-1, (-1, some.shape[-1]))
+            parts.append(left.mT.unsqueeze(1) @ (p.unsqueeze(-1) * moved))
+        seen = torch.cat(parts, -1)  # (r, networks, B / networks, columns of L, columns of R)
+        seen = seen.movedim(2, 0)
+        if basis.floor is None:
+            return seen
+        signals = columns.to(self.basis_b.dtype)
+        return seen + outer_seen(layer, a, signals, where) / basis.floor.sqrt()
+
+    def _matrix(self, gradients: Params) -> Tensor:
+        return self.layer.to_matrix(gradients).to(self.basis_b.dtype)
+
+    def _as_seen(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """``[a; 1]`` and signals in the basis' dtype."""
+        dtype = self.basis_a.dtype
+        return layer.homogeneous(a).to(dtype), columns.to(dtype)
+
+    def _turned_factors(
+        self, layer: LinearLayer, a: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same in salient directions."""
+        basis = self.salient
+        if basis.floor is None:
+            return self.turn_factors(layer, a, columns)
+        inputs, signals = self._as_seen(layer, a, columns)
+        return layer.times(inputs, basis.inputs), each_column(layer, signals, basis.outputs)
 
     def solve(self, params: Params) -> Params:
         """``U_B [(U_B^T D U_A) / scales] U_A^T``."""
@@ -204,20 +214,15 @@ class Eigen(Metric):
 
     def outer_gram(self, layer: LinearLayer, a: Tensor, columns: Tensor) -> Tensor:
         """The diagonal's formula, on rotated factors."""
-        dtype = self.basis_a.dtype
-        basis_a, basis_b, scales, floor = self._salient
-        if floor is None:
-            rows, turned = self.turn_factors(layer, a, columns)
-        else:
-            inputs, signals = layer.homogeneous(a).to(dtype), columns.to(dtype)
-            rows = layer.times(inputs, basis_a)
-            turned = each_column(layer, signals, basis_b)
-        squares = rows.square()
-        product = gram_of(turned, turned * layer.times(squares, scales.reciprocal().mT))
+        scales, floor = self.salient.scales, self.salient.floor
+        rows, turned = self._turned_factors(layer, a, columns)
+        sizes = rows.square()
+        product = gram_of(turned, turned * layer.times(sizes, scales.reciprocal().mT))
         if floor is not None:
+            inputs, signals = self._as_seen(layer, a, columns)
             whole = torch.linalg.vecdot(inputs, inputs)[:, None, None] * gram_of(signals, signals)
-            kept = squares.sum(-1)[:, None, None] * gram_of(turned, turned)
-            product = product + _rest(whole, kept) / floor
+            kept = sizes.sum(-1)[:, None, None] * gram_of(turned, turned)
+            product = product + rest(whole, kept) / floor
         return product.to(columns.dtype) * self.rates[0]
 
 
@@ -237,41 +242,25 @@ def rotated_factors(rows: Tensor, cols: Tensor, basis_a: Tensor, basis_b: Tensor
     return turned.permute(2, 0, 1, 3, 4)
 
 
-def _gram_in_basis(
-    turned: Tensor, scales: Tensor, floor: Tensor | None, whole: Callable[[], Tensor]
-) -> Tensor:
-    """Gram matrices of gradients (B, r, groups, out, in) under a diagonal of the eigenbasis.
+def by_network(values: Tensor, networks: int) -> Tensor:
+    """Samples (..., S * b, n), one network's after another's, as (..., S, b, n)."""
+    own: Tensor = values.unflatten(-2, (networks, -1))
+    return own
+
+
+def outer_seen(layer: LinearLayer, a: Tensor, columns: Tensor, where: Directions) -> Tensor:
+    """Outer products ``P_h [a; 1]^T`` between turned directions.
 
     Args:
-        turned: The gradients, rotated, in the directions that are looked at one by one.
-        scales: M there.
-        floor: M in all other directions; None where there are none.
-        whole: The gradients' Gram matrices in all directions.
+        layer: A linear layer.
+        a: Inputs (B, in).
+        columns: (r, B, out), in the directions' dtype.
+        where: The directions.
+
+    Returns:
+        (B / networks, r, networks, columns of L, columns of R).
     """
-    kept = turned.flatten(2)
-    product = kept @ (kept / scales.flatten()).mT
-    if floor is not None:
-        product += _rest(whole(), _squares(kept)) / floor
-    return product
-
-
-def _squares(vectors: Tensor) -> Tensor:
-    """Inner products of vectors (B, r, n) with each other, (B, r, r)."""
-    if vectors.shape[1] == 1:  # summed in pairs, where a product of matrices adds one by one
-        return vectors.square().sum(-1, keepdim=True)
-    return vectors @ vectors.mT
-
-
-def _rest(whole: Tensor, kept: Tensor) -> Tensor:
-    """What is left of inner products; of one vector with itself it is not below zero."""
-    left = whole - kept
-    return left.clamp_min(0) if left.shape[-1] == 1 else left
-
-
-def _rounding(scales: Tensor) -> float:
-    """Relative rounding of a gradient's norm and of its rotation: a few units in the last place."""
-    eps = torch.finfo(scales.dtype).eps
-    reduced = torch.get_float32_matmul_precision() != "highest"
-    if scales.device.type == "cuda" and scales.dtype == torch.float32 and reduced:
-        eps = 2.0**-11
-    return 8 * eps
+    inputs = layer.homogeneous(a).to(columns.dtype)
+    q = by_network(layer.times(inputs, where.inputs_turned), layer.networks)
+    p = by_network(each_column(layer, columns, where.outputs_turned), layer.networks)
+    return (p.unsqueeze(-1) * q.unsqueeze(-2)).movedim(2, 0)

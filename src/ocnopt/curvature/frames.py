@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ocnopt.curvature.eigen import Eigen, rotated_factors
+from ocnopt.curvature.correlation import Correlation
+from ocnopt.curvature.directions import Directions
+from ocnopt.curvature.eigen import Eigen, outer_seen, rotated_factors
 from ocnopt.curvature.factorize import spd_factor
 from ocnopt.curvature.kronecker import split_damping
 from ocnopt.curvature.metric import Kronecker, Metric
 from ocnopt.layers.base import Params
+
+if TYPE_CHECKING:
+    from ocnopt.layers.linear import LinearLayer
 
 __all__ = ["EigenFrame", "Frame", "KroneckerFrame"]
 
@@ -41,27 +47,31 @@ class Frame(ABC):
         """What the coordinates are computed in."""
 
     @abstractmethod
-    def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """``W^-T d``, of all coordinates of the inputs or of some."""
+    def enter(self, matrix: Tensor) -> Tensor:
+        """``W^-T d``."""
 
     @abstractmethod
-    def gram_and_enter(
-        self, metric: Metric, gradients: Params, inputs: Tensor
+    def directions(self, outputs: Tensor, inputs: Tensor) -> Directions:
+        """Orthonormal columns of the coordinates, (groups, out, s) and (groups, in, r)."""
+
+    @abstractmethod
+    def gram_and_seen(
+        self, metric: Metric, gradients: Params, where: Directions
     ) -> tuple[Tensor, Tensor]:
-        """The player's own Gram matrices, and :meth:`enter` for some of the inputs.
+        """The player's own Gram matrices, and ``L^T enter(d) R``.
 
         Args:
             metric: The player's, at its present learning rate.
             gradients: Per sample, (B, r, *parameter).
-            inputs: Indices in ascending order.
+            where: L and R.
 
         Returns:
-            (B, r, r) and (B, r, groups, out, kept).
+            (B, r, r) and (B, r, groups, columns of L, columns of R).
         """
 
     @abstractmethod
-    def gram_and_enter_factors(
-        self, metric: Metric, rows: Tensor, cols: Tensor, inputs: Tensor
+    def gram_and_seen_factors(
+        self, metric: Metric, rows: Tensor, cols: Tensor, where: Directions
     ) -> tuple[Tensor, Tensor]:
         """The same of per-sample gradients that are sums of outer products over locations.
 
@@ -69,24 +79,32 @@ class Frame(ABC):
             metric: As above.
             rows: Inputs (groups, B, L, in).
             cols: Columns (r, groups, B, L, out).
-            inputs: As above.
+            where: As above.
         """
 
     @abstractmethod
-    def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """What :meth:`enter` does to an outer product ``g a^T``, for some of the inputs.
+    def outer_seen(
+        self, metric: Metric, layer: LinearLayer, a: Tensor, columns: Tensor, where: Directions
+    ) -> Tensor:
+        """``L^T enter(d) R`` of outer products ``d = P_h [a; 1]^T`` at one location per sample.
+
+        Args:
+            metric: As above.
+            layer: A linear layer.
+            a: Inputs (B, in).
+            columns: (r, B, out).
+            where: As above.
 
         Returns:
-            Matrices that turn ``a``, (groups, in, kept), and ``g``, (groups, out, out), and what
-            their product is divided by: (groups, out, kept) or a number.
+            (B / networks, r, networks, columns of L, columns of R).
         """
 
     @abstractmethod
     def leave(self, matrix: Tensor) -> Tensor:
         """``W^-1 y``."""
 
-    def correlate(self, a_cross: Tensor, b_cross: Tensor, other: Frame) -> tuple[Tensor, Tensor]:
-        """Correlations of inputs and of output gradients with those of another player.
+    def correlate(self, a_cross: Tensor, b_cross: Tensor, other: Frame) -> Correlation:
+        """What the coordinates of two players have in common.
 
         Args:
             a_cross: ``A_nm``, (groups, in, in of the other).
@@ -94,10 +112,12 @@ class Frame(ABC):
             other: The other player's coordinates.
 
         Returns:
-            Tensors of the same shapes; their norms are below one where all factors are means over
-            the same samples and the diagonal ones are damped.
+            Correlations of inputs and of output gradients; their norms are below one where all
+            factors are means over the same samples and the diagonal ones are damped.
         """
-        return self.a_root.mT @ a_cross @ other.a_root, self.b_root.mT @ b_cross @ other.b_root
+        return Correlation(
+            self.a_root.mT @ a_cross @ other.a_root, self.b_root.mT @ b_cross @ other.b_root
+        )
 
 
 class KroneckerFrame(Frame):
@@ -131,30 +151,36 @@ class KroneckerFrame(Frame):
         """That of the factors."""
         return self._a.dtype
 
-    def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def enter(self, matrix: Tensor) -> Tensor:
         """``C_B^T D C_A``."""
-        a_root = self.a_root if inputs is None else self.a_root[:, :, inputs]
-        return self.b_root.mT @ (matrix @ a_root)
+        return self.b_root.mT @ (matrix @ self.a_root)
 
-    def gram_and_enter(
-        self, metric: Metric, gradients: Params, inputs: Tensor
+    def directions(self, outputs: Tensor, inputs: Tensor) -> Directions:
+        """By the roots."""
+        return Directions(outputs, inputs, self.b_root @ outputs, self.a_root @ inputs)
+
+    def gram_and_seen(
+        self, metric: Metric, gradients: Params, where: Directions
     ) -> tuple[Tensor, Tensor]:
         """Each by itself."""
         assert isinstance(metric, Kronecker)
         matrix = metric.layer.to_matrix(gradients).to(self.dtype)
-        return metric.sample_gram(gradients), self.enter(matrix, inputs)
+        seen = where.outputs_turned.mT @ (matrix @ where.inputs_turned)
+        return metric.sample_gram(gradients), seen
 
-    def gram_and_enter_factors(
-        self, metric: Metric, rows: Tensor, cols: Tensor, inputs: Tensor
+    def gram_and_seen_factors(
+        self, metric: Metric, rows: Tensor, cols: Tensor, where: Directions
     ) -> tuple[Tensor, Tensor]:
         """Each by itself."""
-        a_root, b_root, _ = self.sides(inputs)
-        turned = rotated_factors(rows.to(self.dtype), cols.to(self.dtype), a_root, b_root)
-        return metric.factor_gram(rows, cols), turned
+        rows, cols = rows.to(self.dtype), cols.to(self.dtype)
+        seen = rotated_factors(rows, cols, where.inputs_turned, where.outputs_turned)
+        return metric.factor_gram(rows, cols), seen
 
-    def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The roots, and one."""
-        return self.a_root[:, :, inputs], self.b_root, 1.0
+    def outer_seen(
+        self, metric: Metric, layer: LinearLayer, a: Tensor, columns: Tensor, where: Directions
+    ) -> Tensor:
+        """Of factors that are turned by themselves."""
+        return outer_seen(layer, a, columns.to(self.dtype), where)
 
     def leave(self, matrix: Tensor) -> Tensor:
         """``C_B Y C_A^T``."""
@@ -185,58 +211,75 @@ class EigenFrame(Frame):
         return self.metric.basis_a.dtype
 
     @cached_property
-    def _roots(self) -> tuple[Tensor, Tensor]:
-        a, b, damping = self._factors
-        level_a, level_b = split_damping(a, b, damping)
-        return (
-            _scaled_basis(self.metric.basis_a, a, level_a),
-            _scaled_basis(self.metric.basis_b, b, level_b),
-        )
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        return split_damping(*self._factors)
 
-    @property
+    @cached_property
+    def _a_spectrum(self) -> tuple[Tensor, Tensor]:
+        """Of A, without and with damping, (groups, in)."""
+        return _spectrum(self.metric.basis_a, self._factors[0], self._levels[0])
+
+    @cached_property
     def a_root(self) -> Tensor:
         """``C_A``."""
-        return self._roots[0]
+        return self.metric.basis_a / self._a_spectrum[1].sqrt()[:, None, :]
 
-    @property
+    @cached_property
     def b_root(self) -> Tensor:
         """``C_B``."""
-        return self._roots[1]
+        basis = self.metric.basis_b
+        return basis / _spectrum(basis, self._factors[1], self._levels[1])[1].sqrt()[:, None, :]
 
-    def enter(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def enter(self, matrix: Tensor) -> Tensor:
         """``(U_B^T D U_A) / sqrt(scales)``."""
-        basis, scales = self.metric.basis_a, self.scales
-        if inputs is not None:
-            basis, scales = basis[:, :, inputs], scales[:, :, inputs]
-        return (self.metric.basis_b.mT @ (matrix @ basis)) / scales
+        return (self.metric.basis_b.mT @ (matrix @ self.metric.basis_a)) / self.scales
 
-    def gram_and_enter(
-        self, metric: Metric, gradients: Params, inputs: Tensor
+    def directions(self, outputs: Tensor, inputs: Tensor) -> Directions:
+        """By the bases."""
+        metric = self.metric
+        return Directions(outputs, inputs, metric.basis_b @ outputs, metric.basis_a @ inputs)
+
+    def correlate(self, a_cross: Tensor, b_cross: Tensor, other: Frame) -> Correlation:
+        """Inputs that are the same are correlated each with itself alone."""
+        if not (isinstance(other, EigenFrame) and self._same_inputs(a_cross, other)):
+            return super().correlate(a_cross, b_cross, other)
+        of_b = self.b_root.mT @ b_cross @ other.b_root
+        (sizes, mine), (_, theirs) = self._a_spectrum, other._a_spectrum
+        return Correlation(sizes / (mine * theirs).sqrt(), of_b)
+
+    def _same_inputs(self, a_cross: Tensor, other: EigenFrame) -> bool:
+        one, two = self.metric.basis_a, other.metric.basis_a
+        if not a_cross.shape == self._factors[0].shape == other._factors[0].shape:
+            return False
+        return torch.equal(one, two) and torch.equal(a_cross, self._factors[0])
+
+    def gram_and_seen(
+        self, metric: Metric, gradients: Params, where: Directions
     ) -> tuple[Tensor, Tensor]:
         """Both from gradients that are rotated once."""
         assert isinstance(metric, Eigen)
-        gram, turned = metric.sample_gram_and_rotated(gradients, inputs)
-        return gram, turned / self.scales[:, :, inputs]
+        return metric.sample_gram_and_seen(gradients, where)
 
-    def gram_and_enter_factors(
-        self, metric: Metric, rows: Tensor, cols: Tensor, inputs: Tensor
+    def gram_and_seen_factors(
+        self, metric: Metric, rows: Tensor, cols: Tensor, where: Directions
     ) -> tuple[Tensor, Tensor]:
         """Both from factors that are rotated once."""
         assert isinstance(metric, Eigen)
-        gram, turned = metric.factor_gram_and_rotated(rows, cols, inputs)
-        return gram, turned / self.scales[:, :, inputs]
+        return metric.factor_gram_and_seen(rows, cols, where)
 
-    def sides(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The bases, and the root of the scales."""
-        basis_a, basis_b = self.metric.basis_a, self.metric.basis_b
-        return basis_a[:, :, inputs], basis_b, self.scales[:, :, inputs]
+    def outer_seen(
+        self, metric: Metric, layer: LinearLayer, a: Tensor, columns: Tensor, where: Directions
+    ) -> Tensor:
+        """M's own diagonal stands between the factors."""
+        assert isinstance(metric, Eigen)
+        return metric.outer_seen(layer, a, columns, where)
 
     def leave(self, matrix: Tensor) -> Tensor:
         """``U_B (Y / sqrt(scales)) U_A^T``."""
         return self.metric.basis_b @ (matrix / self.scales) @ self.metric.basis_a.mT
 
 
-def _scaled_basis(basis: Tensor, factor: Tensor, level: Tensor) -> Tensor:
-    """``U (U^T factor U + level)^-1/2``, the product's diagonal alone."""
-    spectrum = ((basis.mT @ factor) * basis.mT).sum(-1).clamp_min(0)
-    return basis / (spectrum + level[:, None]).sqrt()[:, None, :]
+def _spectrum(basis: Tensor, factor: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal of ``U^T factor U``, without and with damping."""
+    sizes = ((basis.mT @ factor) * basis.mT).sum(-1).clamp_min(0)
+    return sizes, sizes + level[:, None]
