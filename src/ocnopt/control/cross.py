@@ -43,9 +43,14 @@ def update_cross_factors(turns: list[Turn], rule: Factored, moments: Moments) ->
                 value = batch if new else (1 - rule.decay) * batch
             else:
                 value = torch.lerp(batch, kept * rule.decay**missed, rule.decay)
-            _state(one)[key] = value
+            _state(one)[key] = _shared(value, _state(one)[factor])
         for mine, theirs in ((one, other), (other, one)):
             _state(mine)[f"met:{theirs.player.index}"] = _refreshes(_state(mine), rule)
+
+
+def _shared(value: Tensor, own: Tensor) -> Tensor:
+    """A player's own factor where that of the pair is the same: of inputs that both read."""
+    return own if value.shape == own.shape and torch.equal(value, own) else value
 
 
 def cross_factors(one: Turn, other: Turn) -> tuple[Tensor, Tensor] | None:

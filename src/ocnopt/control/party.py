@@ -77,7 +77,7 @@ def _kind(turn: Turn, batches: Sequence[Batch]) -> dict[str, Any]:
     param = turn.player.params[0]
     return {
         "locations": tuple(None if t is None else t.locations for t in traces),
-        "a preconditioner": repr(turn.mover.preconditioner.options()),
+        "a preconditioner": turn.mover.preconditioner,
         # A Kronecker M has one for all of a player's parameters.
         "a learning rate": turn.mover.rates[0],
         "a change of its gradient by the loop": turn.mover.scale,

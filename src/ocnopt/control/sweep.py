@@ -9,7 +9,7 @@ cost directions. In the linear rollout that is the sum over those players of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 
 import torch
@@ -23,6 +23,7 @@ from ocnopt.control.trace import outer_norms
 from ocnopt.control.turns import Group, Turn
 from ocnopt.control.views import InputMoments, Views
 from ocnopt.curvature.eigen import Eigen
+from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.layers.base import Params, add_all
 
 __all__ = ["Sweep"]
@@ -66,6 +67,8 @@ class Sweep:
         self.total = total
         self.rho: list[Tensor | None] = [None] * len(batches)
         self.path: list[list[Tensor | None]] = []
+        self._eigenbases = Eigenbases()
+        self._rows: list[dict[Hashable, Tensor]] = []
         self.samples = sum(batch.samples for batch in batches)
         if total is not None:
             (count,) = total((batches[0].v.new_tensor(float(self.samples)),))
@@ -125,11 +128,14 @@ class Sweep:
                 ]
                 values = [(v, k) for v, k, _ in found]
                 grown = [so_far for _, _, so_far in found]
+            # A party looks at its members' inputs again: they stay laid out so long.
+            self._rows = [{} for _ in self.batches] if group.parties else []
             for turn in group.turns:
                 turn.values = values
                 self._observe(turn)
             for party in group.parties:
                 party.observe(self._moments)
+            self._rows = []
             if self.rule == "joint":
                 self._probe(group)
             if self.rule == "off" or group is self.groups[0]:
@@ -170,7 +176,7 @@ class Sweep:
             return self._moments([(turn, turn)])[0]
 
         samples = self.samples // turn.player.layer.networks
-        turn.metric = turn.mover.observe(mean, factors, samples)
+        turn.metric = turn.mover.observe(mean, factors, samples, self._eigenbases)
 
     def _backward_together(self) -> bool:
         """All turns at once where M = I, samples have one location and the rank is one.
@@ -260,7 +266,8 @@ class Sweep:
         sums: list[tuple[Tensor, ...] | None] = [None] * len(pairs)
         turns = list({id(turn): turn for pair in pairs for turn in pair}.values())
         for i, batch in enumerate(self.batches):
-            views = Views(batch, turns, self._coefficients(i, turns), self._inputs[i])
+            rows = self._rows[i] if self._rows else {}
+            views = Views(batch, turns, self._coefficients(i, turns), self._inputs[i], rows)
             for place, (one, other) in enumerate(pairs):
                 parts: Params | None = views.moments(one, other)
                 if parts is not None:

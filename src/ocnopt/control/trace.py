@@ -121,6 +121,8 @@ class Trace:
     @property
     def locations(self) -> int:
         """Locations per sample, over all calls; 0 where signals were not kept."""
+        if self.single:
+            return 1
         return sum(
             fold * self.layer.cols(p[0]).shape[1]
             for p, fold in zip(self.columns, self.folds, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ocnopt.control.batch import Batch
 from ocnopt.control.players import Player
 from ocnopt.curvature.base import Preconditioner
+from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params
 
@@ -44,6 +45,7 @@ class Mover(Protocol):
         mean: Callable[[], Params],
         factors: Callable[[], tuple[Tensor, Tensor]],
         samples: int,
+        eigenbases: Eigenbases | None = None,
     ) -> Metric:
         """Update the preconditioner with the Bellman objective."""
 

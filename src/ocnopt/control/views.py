@@ -49,6 +49,7 @@ class Views:
         turns: The players.
         coefficients: Per player: those of the recorded columns that make its signal.
         inputs: The moments of inputs that are known already.
+        rows: Inputs that are laid out already; those of the players are added.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class Views:
         turns: Sequence[Turn],
         coefficients: Sequence[Tensor],
         inputs: InputMoments,
+        rows: dict[Hashable, Tensor],
     ) -> None:
         self._traces: dict[int, Trace] = {}
         self._keys: dict[int, Hashable] = {}
-        self._rows: dict[Hashable, Tensor] = {}
+        self._rows = rows
         self._cols: dict[int, Tensor] = {}
         self._known = inputs
         self._crosses: dict[tuple[Hashable, Hashable], Tensor] = {}

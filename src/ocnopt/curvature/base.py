@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric, Rates
 from ocnopt.errors import OptionError
 from ocnopt.layers.base import Layer, Params
@@ -28,6 +29,7 @@ class Observation:
         factors: Returns ``E[a a^T]`` (groups, in, in), ``locations * E[V_h V_h^T]``
             (groups, out, out) of the batch; None where there is no player.
         samples: Samples in the step, over all processes.
+        eigenbases: Where those of the step are found.
         report: Damping in use and factorization failures, filled in by the preconditioner.
     """
 
@@ -37,6 +39,7 @@ class Observation:
     layer: Layer | None = None
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
     samples: int = 1
+    eigenbases: Eigenbases = field(default_factory=Eigenbases)
     report: dict[str, float] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ previous result, at last the identity) and counts what it had to do.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from ocnopt.finite import all_finite, finite_blocks
 
-__all__ = ["Factorization", "definite", "eigenbasis", "singular_bases", "spd_factor", "spd_inverse"]
+__all__ = [
+    "Eigenbases",
+    "Factorization",
+    "definite",
+    "eigenbasis",
+    "singular_bases",
+    "spd_factor",
+    "spd_inverse",
+]
 
 #: Damping is raised tenfold at most this often before double precision is tried.
 RAISES = 6
@@ -167,6 +176,28 @@ def eigenbasis(matrix: Tensor, previous: Tensor | None = None) -> Factorization:
     turned = basis.transpose(-1, -2) @ matrix @ basis
     spectrum = turned.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     return Factorization(basis, spectrum, 0.0, failures)
+
+
+class Eigenbases:
+    """Eigenbases that are computed once: layers that read the same input have the same factor.
+
+    One is meant for one step. Matrices count as the same if all their entries are.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, list[tuple[Tensor, Factorization]]] = {}
+
+    def of(self, matrix: Tensor, previous: Tensor | None = None) -> Factorization:
+        """:func:`eigenbasis`, found again where it is known."""
+        key = (matrix.shape, matrix.dtype, matrix.device, float(matrix.diagonal(0, -2, -1).sum()))
+        alike = self._known.setdefault(key, [])
+        for known, found in alike:
+            if torch.equal(known, matrix):
+                return found
+        found = eigenbasis(matrix, previous)
+        if not found.failures:  # else it may depend on what was there before
+            alike.append((matrix, found))
+        return found
 
 
 def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class EKFAC(Factored):
         failures = 0
         if self._due(state):
             a, b = self._update_factors(seen, state)
-            basis_a = eigenbasis(a, state.get("U_A"))
+            basis_a = seen.eigenbases.of(a, state.get("U_A"))
             basis_b = eigenbasis(b, state.get("U_B"))
             state["U_A"], state["U_B"] = basis_a.values, basis_b.values
             assert basis_a.spectrum is not None and basis_b.spectrum is not None

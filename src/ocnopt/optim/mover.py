@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.curvature import Identity, Observation, Preconditioner
+from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers import Layer, Params
 
@@ -107,6 +108,7 @@ class ParamMover:
         mean: Callable[[], Params] | None = None,
         factors: Callable[[], tuple[Tensor, Tensor]] | None = None,
         samples: int = 1,
+        eigenbases: Eigenbases | None = None,
     ) -> Metric:
         """Update the preconditioner with the Bellman objective (by default: the gradient)."""
         first = self.preconditioner.decay_first
@@ -117,7 +119,14 @@ class ParamMover:
             return self._mean
 
         self._seen = Observation(
-            self.states, self.rates, decayed_mean, self.layer, factors, samples, self.report
+            self.states,
+            self.rates,
+            decayed_mean,
+            self.layer,
+            factors,
+            samples,
+            eigenbases or Eigenbases(),
+            self.report,
         )
         self._metric = self.preconditioner.observe(self._seen)
         return self._metric
