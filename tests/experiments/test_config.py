@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -159,3 +160,25 @@ def test_only_what_changes_the_computation_counts_as_a_difference():
     held = TrainConfig(seed=1, validation=0.2).resolved()
     assert held.differences(kept) == ["validation: 0.0, not 0.2"]
     assert TrainConfig(seed=2).resolved().differences(kept) == ["seed: 1, not 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", "fast"),
+        ("lr", True),
+        ("widths", 3),
+        ("widths", ["a"]),
+        ("steps", 2.5),
+        ("seed", None),
+        ("options", []),
+        ("data_root", 3),
+        ("activation", 1),
+        ("network", None),
+    ],
+)
+def test_a_damaged_value_in_a_file_is_named(name, value):
+    kept = json.loads(json.dumps(TrainConfig().resolved().to_json()))
+    from_json(kept)
+    with pytest.raises(InputError, match=f"config.json is damaged: {name} cannot be"):
+        from_json({**kept, name: value})

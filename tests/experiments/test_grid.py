@@ -213,6 +213,15 @@ def test_a_damaged_file_is_run_again(ran, tmp_path, damage):
     assert Outcome.from_json(json.loads(file.read_text())["outcome"]) == again
 
 
+def test_a_cache_that_cannot_be_written_to_is_named_before_anything_runs(ran, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(InputError, match=r"cannot write to .*file"):
+        run_grid([wine()], cache=Cache(file), processes=1)
+    assert not ran
+    assert file.read_text() == "mine"
+
+
 def test_a_field_that_is_missing_or_new_is_run_again(ran, tmp_path):
     run_grid([wine()], cache=Cache(tmp_path), processes=1)
     (file,) = tmp_path.rglob("*.json")

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import time
+from shutil import rmtree
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ocnopt.experiments import optimizers, training
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.datasets import Data
 from ocnopt.experiments.errors import InputError
+from ocnopt.experiments.runfolder import RunFolder
 from ocnopt.experiments.training import Watcher, train
 
 # Adam and momentum have state that a resumed run has to take over; 17 steps an epoch on wine.
@@ -257,6 +259,27 @@ def test_damaged_checkpoint_is_named(tmp_path, damage):
     file.write_bytes(file.read_bytes()[:-300] if damage is None else damage)
     with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read"):
         train(wine(steps=3, output=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"step": "x"}\n'])
+def test_damaged_metrics_are_left_out(tmp_path, damage):
+    train(wine(steps=4, log_every=1, output=tmp_path))
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
+    again = train(wine(steps=4, log_every=1, output=tmp_path, resume=True))
+    assert [row["step"] for row in again.rows] == [1, 2]
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(
+        RunFolder,
+        "save",
+        lambda self, state, save=RunFolder.save: (rmtree(folder), save(self, state)),
+    )
+    with pytest.raises(InputError, match=r"cannot write to .*run: No such file"):
+        train(wine(steps=4, output=folder))
 
 
 def test_a_folder_with_a_run_is_left_alone(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ class Cache:
     source of modules that a user brings along.
 
     Args:
-        folder: Where the files are; made when the first is written. None keeps nothing.
+        folder: Where the files are; None keeps nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -63,6 +66,18 @@ class Cache:
             return None
         return None if config.curve and (not curve or every != config.log_every) else outcome
 
+    def open(self) -> None:
+        """Make the folder, before anything is computed for it.
+
+        Raises:
+            InputError: It cannot be written to.
+        """
+        if self.folder is None:
+            return
+        with self._writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+
     def put(self, config: TrainConfig, outcome: Outcome) -> None:
         """Keep a result.
 
@@ -72,11 +87,17 @@ class Cache:
         if self.folder is None:
             return
         path = self._path(self.folder, config)
-        try:
+        with self._writing(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"config": config.to_json(), "outcome": outcome.to_json()})
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _writing(folder: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
 
     def _path(self, folder: Path, config: TrainConfig) -> Path:
         key = key_of(config)

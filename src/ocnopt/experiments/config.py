@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.problems import (
@@ -247,12 +248,16 @@ def from_json(kept: Mapping[str, Any]) -> dict[str, Any]:
     """Turn what `TrainConfig.to_json` gave into keyword arguments of `TrainConfig`.
 
     Raises:
-        InputError: If it holds a setting that does not exist.
+        InputError: If it holds a setting that does not exist, or a value of another type.
     """
     known = {f.name for f in fields(TrainConfig)} - _NOT_KEPT
     unknown = sorted(set(kept) - known)
     if unknown:
         raise InputError(f"config.json holds settings that do not exist: {', '.join(unknown)}")
+    types = get_type_hints(TrainConfig)
+    for name, value in kept.items():
+        if not _fits(value, types[name]):
+            raise InputError(f"config.json is damaged: {name} cannot be {value!r}")
     arguments = dict(kept)
     for name in ("widths", "pools"):
         if arguments.get(name) is not None:
@@ -260,6 +265,21 @@ def from_json(kept: Mapping[str, Any]) -> dict[str, Any]:
     if arguments.get("data_root") is not None:
         arguments["data_root"] = Path(arguments["data_root"])
     return arguments
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Whether a value of a JSON file is one of the type that a setting has."""
+    origin = get_origin(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(wanted))
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(v, int) for v in value)
+    if wanted in (int, float):
+        numbers = (int, float) if wanted is float else (int,)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if wanted is Path or origin is Literal:  # which names there are is checked later
+        return isinstance(value, str)
+    return isinstance(value, origin or wanted)
 
 
 def _plain(value: object) -> str:

@@ -63,11 +63,13 @@ def run_grid(
         One outcome per configuration, in their order. Divergence is an outcome, not an error.
 
     Raises:
-        InputError: A configuration or its data cannot be used. What is done is in the cache.
+        InputError: A configuration, its data or the cache's folder cannot be used. What is done is
+            in the cache.
     """
     from ocnopt.experiments.together import can_be_together
 
     cache = cache or Cache(None)
+    cache.open()
     watcher = watcher or Watcher()
     watcher.start(len(configs))
     resolved = [replace(c.resolved(), output=None, resume=False) for c in configs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,10 @@ class RunFolder:
             InputError: The folder cannot be written to.
         """
         self._made = not self.path.exists()
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config, config.to_json())
             self._truncate_metrics(step)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def discard(self) -> None:
         """Take back what :meth:`begin` made, of a run whose first step has failed."""
@@ -113,25 +111,44 @@ class RunFolder:
         return kept
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row to the metrics; a reader sees it at once."""
-        with self.metrics.open("a") as file:
+        """Add one row to the metrics; a reader sees it at once.
+
+        Raises:
+            InputError: The folder cannot be written to any more.
+        """
+        with self._writing(), self.metrics.open("a") as file:
             file.write(json.dumps(without_non_finite(row)) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read the metrics. A last line that a crash cut short is left out."""
+        """Read the metrics, up to a line that is damaged, as a crash may have cut the last."""
         rows: list[dict[str, Any]] = []
         if self.metrics.exists():
-            for line in self.metrics.read_text().splitlines():
+            for line in self.metrics.read_bytes().splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError:
                     break
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    break
+                rows.append(row)
         return rows
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the checkpoint, atomically. `torch.load(..., weights_only=True)` reads it."""
+        """Write the checkpoint, atomically. `torch.load(..., weights_only=True)` reads it.
+
+        Raises:
+            InputError: The folder cannot be written to any more.
+        """
         whole = {"format": _CHECKPOINT_FORMAT, **state}
-        write_atomically(self.checkpoint, lambda file: torch.save(whole, file))
+        with self._writing():
+            write_atomically(self.checkpoint, lambda file: torch.save(whole, file))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def _read_checkpoint(self) -> dict[str, Any]:
         try:
