@@ -78,7 +78,7 @@ NETS: dict[str, Callable[[], Net]] = {
 }
 
 
-def _dgnopt(model: nn.Module, **options: str) -> torch.optim.Optimizer:
+def _dgnopt(model: nn.Module, **options: object) -> torch.optim.Optimizer:
     return ocnopt.DGNOpt(model, CRITERION, lr=1e-4, **options)  # type: ignore[arg-type]
 
 
@@ -95,6 +95,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     },
     "DGNOpt ekfac, group-rational, no recursion": partial(
         _dgnopt, preconditioner="ekfac", information="group-rational", bellman="off"
+    ),
+    "DGNOpt ekfac, group-rational, keep_grad=False": partial(
+        _dgnopt, preconditioner="ekfac", information="group-rational", keep_grad=False
     ),
 }
 

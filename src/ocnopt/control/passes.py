@@ -65,6 +65,7 @@ class Use:
         columns: Back-propagated columns of the terminal Hessian's factor, unscaled.
         gradients: Weight gradients of every row, formed as the signal arrived where they take less
             room than it; then ``signal`` is None.
+        locations: Locations per row that these were summed over.
     """
 
     __slots__ = (
@@ -73,6 +74,7 @@ class Use:
         "columns",
         "dims",
         "gradients",
+        "locations",
         "order",
         "owner",
         "pending",
@@ -104,6 +106,7 @@ class Use:
         self.task = -1
         self.columns: list[Tensor | None] = []
         self.gradients: Params | None = None
+        self.locations = 0
 
     def require_untouched(self) -> None:
         """Raise unless the input is still what the forward pass saw.
@@ -138,6 +141,7 @@ class Use:
                     formed = layer.sample_gradients(a, g)
                     known = self.gradients
                     self.gradients = formed if known is None else add_all([known, formed])
+                    self.locations = layer.cols(g).shape[1] if layer.kronecker else 0
                     return first
         self.signal = signal if self.signal is None else self.signal + signal
         return first
@@ -184,6 +188,8 @@ class Pass:
         self.autocast: Casts = ()
         self.tape: Tape | None = None
         self.forwards = 0
+        #: Players whose signals are kept as they are; None before a gradient arrives.
+        self.whole: frozenset[Player] | None = None
         #: Samples that columns were made for.
         self.samples = 0
         self.first: weakref.ref[Use] | None = None

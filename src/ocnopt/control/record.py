@@ -42,8 +42,9 @@ class Recorder:
         on_forward: Called with the pass when the model's forward begins (for replays), or None.
         keep_grad: Whether autograd forms the players' weight gradients. If not, their parameters
             are hidden from it while their modules run, and ``.grad`` stays None.
-        compact: Whether signals may be turned into per-sample weight gradients as they arrive
-            (nothing else, such as Kronecker factors, will be made of them).
+        compact: Whether signals may be turned into per-sample weight gradients as they arrive.
+        whole: Returns the players whose signals are needed all the same, such as for Kronecker
+            factors, in the step that comes.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Recorder:
         on_forward: Callable[[Pass], None] | None = None,
         keep_grad: bool = True,
         compact: bool = False,
+        whole: Callable[[], frozenset[Player]] = frozenset,
     ) -> None:
         self.players = players
         self.compact = compact
+        self.whole = whole
         self.keep_grad = keep_grad
         self._hidden: list[list[Tensor]] = [[] for _ in players]
         self._anchor = torch.zeros((), requires_grad=True)
@@ -263,7 +266,10 @@ class Recorder:
                 continue
             owner = use.owner
             owner.tasks.add(task)
-            if use.accept(use.pending, self.compact):
+            if self.compact and owner.whole is None:
+                owner.whole = self.whole()
+            compact = owner.whole is not None and use.player not in owner.whole
+            if use.accept(use.pending, compact):
                 owner.received.append(use)
                 if len(owner.received) == 1:
                     self.passes.append(owner)

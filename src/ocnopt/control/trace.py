@@ -11,6 +11,7 @@ from ocnopt.control.passes import Use
 from ocnopt.control.players import Player
 from ocnopt.curvature.eigen import Eigen
 from ocnopt.curvature.metric import Metric
+from ocnopt.errors import RecordingError
 from ocnopt.layers.base import MatrixLayer, Params, add_all
 from ocnopt.layers.linear import LinearLayer
 
@@ -51,11 +52,13 @@ class Trace:
         self.features: list[Tensor] = []
         self.columns: list[Tensor] = []
         self.folds: list[int] = []
+        self._formed_locations = 0
         self.gradients: Params | None = None
         for use in uses:
             fold = use.rows // samples
             if use.gradients is not None:
                 self._add_formed(use.gradients, fold)
+                self._formed_locations += fold * use.locations
                 continue
             use.require_untouched()
             assert use.signal is not None
@@ -120,10 +123,10 @@ class Trace:
 
     @property
     def locations(self) -> int:
-        """Locations per sample, over all calls; 0 where signals were not kept."""
+        """Locations per sample, over all calls."""
         if self.single:
             return 1
-        return sum(
+        return self._formed_locations + sum(
             fold * self.layer.cols(p[0]).shape[1]
             for p, fold in zip(self.columns, self.folds, strict=True)
         )
@@ -263,7 +266,16 @@ class Trace:
         return torch.where(sizes[1] == 0, sizes[1], sizes[1] / sizes[0])
 
     def rows(self) -> Tensor:
-        """Inputs ``[a; 1]`` for Kronecker factors: (B, L, groups, in), all calls together."""
+        """Inputs ``[a; 1]`` for Kronecker factors: (B, L, groups, in), all calls together.
+
+        Raises:
+            RecordingError: They were not kept, as no factors were due when the gradient arrived.
+        """
+        if self._formed_locations:
+            raise RecordingError(
+                f"the Kronecker factors of layer {self.player.name!r} are due now, but were not in "
+                "backward(): load a state or change update_every before the forward pass"
+            )
         return self._side_by_side([self.layer.rows(a) for a in self.features])
 
     def cols(self, coefficients: Tensor) -> Tensor:

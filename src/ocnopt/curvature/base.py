@@ -59,6 +59,10 @@ class Preconditioner(ABC):
     #: Needs Kronecker factors, hence a player with matrix parameters.
     factored: ClassVar[bool] = False
 
+    def due(self, state: State) -> bool:
+        """Whether the next observation asks for Kronecker factors."""
+        return False
+
     @abstractmethod
     def observe(self, seen: Observation) -> Metric:
         """Update ``M_t`` with this step's Bellman objective and return its inverse."""

@@ -40,10 +40,15 @@ class Factored(Preconditioner):
         self.check("update_every", self.update_every >= 1, "it must be at least 1")
         self.check("gram_tolerance", 0 <= self.gram_tolerance < 1, "it must lie in [0, 1)")
 
-    def _due(self, state: State) -> bool:
-        count = state.get("step", 0)
-        state["step"] = count + 1
-        return bool(count % self.update_every == 0)
+    def due(self, state: State) -> bool:
+        """Whether the next observation updates the factors."""
+        return bool(state.get("step", 0) % self.update_every == 0)
+
+    def _begin(self, state: State) -> bool:
+        """Count an observation; whether it updates the factors."""
+        due = self.due(state)
+        state["step"] = state.get("step", 0) + 1
+        return due
 
     def refreshed(self, state: State) -> bool:
         """Whether the last observation updated the factors."""
@@ -84,7 +89,7 @@ class KFAC(Factored):
     def observe(self, seen: Observation) -> Metric:
         """Refresh the inverses where they are due."""
         state = seen.states[0]
-        if self._due(state):
+        if self._begin(state):
             a, b = self._update_factors(seen, state)
             level_a, level_b = split_damping(a, b, self.damping)
             inverse_a = spd_inverse(a, level_a, state.get("A_inverse"))
@@ -130,7 +135,7 @@ class EKFAC(Factored):
         """Refresh the basis where it is due; correct the eigenvalues."""
         state = seen.states[0]
         failures = 0
-        if self._due(state):
+        if self._begin(state):
             a, b = self._update_factors(seen, state)
             basis_a = seen.eigenbases.of(a, state.get("U_A"))
             basis_b = eigenbasis(b, state.get("U_B"))

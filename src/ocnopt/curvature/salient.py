@@ -18,7 +18,7 @@ from ocnopt.curvature.directions import Directions
 __all__ = ["Salient", "salient"]
 
 #: Below so many multiplications per gradient, all of it is faster rotated than looked through.
-SMALL = 1 << 17
+SMALL = 1 << 18
 
 
 @dataclass(frozen=True)

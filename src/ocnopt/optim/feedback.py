@@ -147,8 +147,20 @@ class FeedbackOptimizer(ModelOptimizer):
             _Watcher(self) if watch else None,
             self.keep_grad,
             compact=self.feedback_on
-            and not (factored or self.terminal.rank_r or self.full or self.keep_policy)
+            and not (self.terminal.rank_r or self.full or self.keep_policy)
             and self.fictitious is None,
+            whole=_Due(self),
+        )
+
+    def _due(self) -> frozenset[Player]:
+        """Players whose Kronecker factors the next step updates, of inputs and signals."""
+        group_of = self._group_of()
+        return frozenset(
+            player
+            for player in self.players
+            if player.params
+            and (group := group_of.get(player.params[0])) is not None
+            and self._build(group).due(self.state.get(player.params[0], {}))
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -403,6 +415,17 @@ def _unscale(batches: list[Batch], factor: float) -> None:
     for batch in batches if factor != 1 else []:
         if batch.source is None or all(call.scale is None for call in batch.source.calls):
             batch.weight, batch.lift = batch.weight / factor, batch.lift * factor
+
+
+class _Due:
+    """Says whose factors are due, without holding the optimizer."""
+
+    def __init__(self, optimizer: FeedbackOptimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self) -> frozenset[Player]:
+        optimizer = self.optimizer()
+        return frozenset() if optimizer is None else optimizer._due()
 
 
 class _Watcher:
