@@ -147,3 +147,41 @@ def test_wrong_state_is_refused(name):
     with pytest.raises(ValueError):
         second.load_state_dict(first.state_dict())
     assert_state_equal(kept, second.state_dict())
+
+
+class Sequence(nn.Module):
+    """Layers with many locations, whose inputs are not kept where no factors are due."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.middle, self.head = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.unsqueeze(1).expand(-1, 20, -1)
+        return self.head(torch.tanh(self.middle(torch.tanh(self.enter(x)))).mean(1))
+
+
+@pytest.mark.parametrize("information", ["open-loop", "feedback", "group-rational"])
+def test_a_state_with_another_preconditioner_is_followed(information):
+    criterion = nn.CrossEntropyLoss()
+
+    def built(model, rule):
+        return ocnopt.DGNOpt(model, criterion, lr=0.1, preconditioner=rule, information=information)
+
+    def run(model, optimizer, first, last):
+        for i in range(first, last):
+            x = torch.randn(16, 6, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            criterion(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model, other = Sequence(), Sequence()
+    optimizer, again = built(model, "kfac"), built(other, "identity")
+    run(model, optimizer, 0, 3)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    run(model, optimizer, 3, 15)
+    run(other, again, 3, 15)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.control.batch import Batch
-from ocnopt.control.cross import cross_factors, update_cross_factors
+from ocnopt.control.cross import Cross, cross_factors, update_cross_factors
 from ocnopt.control.trace import ALL, Trace
 from ocnopt.control.turns import Moments, Turn
 from ocnopt.curvature.coarse import Coarse, coarse
@@ -91,13 +91,13 @@ class Cooperation:
         crosses = {
             (n, m): found
             for n, m in combinations(range(len(self.turns)), 2)
-            if (found := cross_factors(self.turns[n], self.turns[m])) is not None
+            if (found := cross_factors(self.turns[n], self.turns[m], rule)) is not None
         }
         self.coupling = None
         if not crosses:
             return  # no two have met yet
         own = [turn.mover.states[0][factor] for turn in self.turns for factor in "AB"]
-        made_of = (*own, *(tensor for pair in crosses.values() for tensor in pair))
+        made_of = (*own, *(tensor for cross in crosses.values() for tensor in (cross.a, cross.b)))
         known = self.known.get(names)
         if known is not None and _same(known.made_of, made_of):
             # An eigenbasis stays, but its eigenvalues are corrected at every step.
@@ -121,11 +121,11 @@ class Cooperation:
             made_of, self.frames, self.coupling, self.coarse, self.directions
         )
 
-    def _correlation(self, n: int, m: int, cross: tuple[Tensor, Tensor] | None) -> Correlation:
+    def _correlation(self, n: int, m: int, cross: Cross | None) -> Correlation:
         """Zero where the two have not met."""
         one, other = self.frames[n], self.frames[m]
         if cross is not None:
-            return one.correlate(*cross, other)
+            return one.correlate(*cross.factors(), other)
         return Correlation(
             one.a_root.new_zeros(*one.a_root.shape[:-1], other.a_root.shape[-1]),
             one.b_root.new_zeros(*one.b_root.shape[:-1], other.b_root.shape[-1]),

@@ -9,6 +9,7 @@ sum of covariances still.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -18,13 +19,13 @@ from ocnopt.control.turns import Moments, Turn
 from ocnopt.curvature.base import State
 from ocnopt.curvature.kronecker import Factored
 
-__all__ = ["cross_factors", "update_cross_factors"]
+__all__ = ["Cross", "cross_factors", "update_cross_factors"]
 
 
 def update_cross_factors(turns: list[Turn], rule: Factored, moments: Moments) -> None:
     """Update the pairs that refreshed their own factors in this step, both of them.
 
-    Factors are kept in the state of a pair's first player, by the second's place in the model.
+    Factors are kept in the state of a pair's first player, by the second's name.
 
     Args:
         turns: The players.
@@ -34,10 +35,10 @@ def update_cross_factors(turns: list[Turn], rule: Factored, moments: Moments) ->
     fresh = [turn for turn in turns if rule.refreshed(_state(turn))]
     pairs = list(combinations(fresh, 2))
     for (one, other), found in zip(pairs, moments(pairs) if pairs else (), strict=True):
-        missed = max(_missed(one, other, rule), _missed(other, one, rule))
-        new = _refreshes(_state(one), rule) == _refreshes(_state(other), rule) == 0
+        missed = _missed(one, other) - 1
+        new = _state(one)["refreshes"] == _state(other)["refreshes"] == 1
         for factor, batch in zip("AB", found, strict=True):
-            key = f"{factor}:{other.player.index}"
+            key = _key(factor, other)
             kept = _state(one).get(key)
             if kept is None:
                 value = batch if new else (1 - rule.decay) * batch
@@ -45,7 +46,7 @@ def update_cross_factors(turns: list[Turn], rule: Factored, moments: Moments) ->
                 value = torch.lerp(batch, kept * rule.decay**missed, rule.decay)
             _state(one)[key] = _shared(value, _state(one)[factor])
         for mine, theirs in ((one, other), (other, one)):
-            _state(mine)[f"met:{theirs.player.index}"] = _refreshes(_state(mine), rule)
+            _state(mine)[_key("met", theirs)] = _state(mine)["refreshes"]
 
 
 def _shared(value: Tensor, own: Tensor) -> Tensor:
@@ -53,22 +54,47 @@ def _shared(value: Tensor, own: Tensor) -> Tensor:
     return own if value.shape == own.shape and torch.equal(value, own) else value
 
 
-def cross_factors(one: Turn, other: Turn) -> tuple[Tensor, Tensor] | None:
-    """``A_nm`` and ``B_nm``, or None if the two have not met."""
-    state, index = _state(one), other.player.index
-    return (state[f"A:{index}"], state[f"B:{index}"]) if f"A:{index}" in state else None
+def cross_factors(one: Turn, other: Turn, rule: Factored) -> Cross | None:
+    """What two players had in common when they last met; None if they have not met."""
+    state = _state(one)
+    kept = [state.get(_key(factor, other)) for factor in "AB"]
+    if kept[0] is None or kept[1] is None:
+        return None
+    return Cross(kept[0], kept[1], rule.decay ** _missed(one, other))
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Factors across two players.
+
+    Attributes:
+        a: ``A_nm`` as it was when they last met.
+        b: ``B_nm``.
+        left: What is left of either since.
+    """
+
+    a: Tensor
+    b: Tensor
+    left: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A_nm`` and ``B_nm`` as they are now."""
+        return (self.a, self.b) if self.left == 1 else (self.a * self.left, self.b * self.left)
 
 
 def _state(turn: Turn) -> State:
     return turn.mover.states[0]
 
 
-def _refreshes(state: State, rule: Factored) -> int:
-    """How often a player has refreshed its factors before the last time."""
-    return int(state["step"] - 1) // rule.update_every
+def _key(what: str, other: Turn) -> str:
+    return f"{what} with {other.player.name}"
 
 
-def _missed(one: Turn, other: Turn, rule: Factored) -> int:
-    """Refreshes of a player since it last met another, this one not counted."""
-    met = _state(one).get(f"met:{other.player.index}")
-    return 0 if met is None else _refreshes(_state(one), rule) - int(met) - 1
+def _missed(one: Turn, other: Turn) -> int:
+    """Refreshes since two players last met, of the one who had more of them."""
+    found = 0
+    for mine, theirs in ((one, other), (other, one)):
+        state = _state(mine)
+        met = state.get(_key("met", theirs))
+        found = max(found, 0 if met is None else state["refreshes"] - int(met))
+    return found

@@ -42,6 +42,7 @@ class Sweep:
         total: Sums a number over processes, or None.
         groups: The turns by stage of the game; None where every player has a stage of its own.
         fictitious: A player without parameters at every stage, or None.
+        step: The optimizer's steps before this one.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Sweep:
         total: Callable[[Params], Params] | None = None,
         groups: list[Group] | None = None,
         fictitious: Fictitious | None = None,
+        step: int | None = None,
     ) -> None:
         self.turns = turns
+        self.step = step
         self.groups = [Group([turn]) for turn in turns] if groups is None else groups
         self.fictitious = fictitious
         self.batches = batches
@@ -176,7 +179,7 @@ class Sweep:
             return self._moments([(turn, turn)])[0]
 
         samples = self.samples // turn.player.layer.networks
-        turn.metric = turn.mover.observe(mean, factors, samples, self._eigenbases)
+        turn.metric = turn.mover.observe(mean, factors, samples, self.step, self._eigenbases)
 
     def _backward_together(self) -> bool:
         """All turns at once where M = I, samples have one location and the rank is one.

@@ -15,7 +15,7 @@ from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params
 
-__all__ = ["Group", "Moments", "Mover", "Party", "Turn"]
+__all__ = ["Group", "Moments", "Mover", "Party", "Turn", "with_strays"]
 
 
 class Mover(Protocol):
@@ -45,6 +45,7 @@ class Mover(Protocol):
         mean: Callable[[], Params],
         factors: Callable[[], tuple[Tensor, Tensor]],
         samples: int,
+        step: int | None = None,
         eigenbases: Eigenbases | None = None,
     ) -> Metric:
         """Update the preconditioner with the Bellman objective."""
@@ -138,3 +139,30 @@ class Group:
 
     turns: list[Turn]
     parties: list[Party] = field(default_factory=list)
+
+
+def with_strays(groups: list[Group], turns: list[Turn]) -> list[Group]:
+    """Stages, with turns that have none put between them by the order of their calls.
+
+    Args:
+        groups: Turns by stage.
+        turns: All turns, in the order of their first calls.
+
+    Returns:
+        The stages, and one more for every turn that had none. Where stages are in another order
+        than calls, so that there is no place for it, every turn has a stage of its own.
+    """
+    called = {id(turn): place for place, turn in enumerate(turns)}
+    placed = list(groups)
+    known = {id(turn) for group in groups for turn in group.turns}
+    for turn in turns:
+        if id(turn) in known:
+            continue
+        now = called[id(turn)]
+        before = [any(called[id(t)] < now for t in group.turns) for group in placed]
+        after = [any(called[id(t)] > now for t in group.turns) for group in placed]
+        place = after.index(True) if True in after else len(placed)
+        if True in before[place:]:
+            return [Group([t]) for t in turns]
+        placed.insert(place, Group([turn]))
+    return placed

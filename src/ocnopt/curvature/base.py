@@ -29,6 +29,7 @@ class Observation:
         factors: Returns ``E[a a^T]`` (groups, in, in), ``locations * E[V_h V_h^T]``
             (groups, out, out) of the batch; None where there is no player.
         samples: Samples in the step, over all processes.
+        step: The optimizer's steps before this one; None: those that had this observation.
         eigenbases: Where those of the step are found.
         report: Damping in use and factorization failures, filled in by the preconditioner.
     """
@@ -39,6 +40,7 @@ class Observation:
     layer: Layer | None = None
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
     samples: int = 1
+    step: int | None = None
     eigenbases: Eigenbases = field(default_factory=Eigenbases)
     report: dict[str, float] = field(default_factory=dict)
 
@@ -59,8 +61,8 @@ class Preconditioner(ABC):
     #: Needs Kronecker factors, hence a player with matrix parameters.
     factored: ClassVar[bool] = False
 
-    def due(self, state: State) -> bool:
-        """Whether the next observation asks for Kronecker factors."""
+    def due(self, state: State, step: int | None = None) -> bool:
+        """Whether an observation in the optimizer's step of that number asks for factors."""
         return False
 
     @abstractmethod

@@ -21,7 +21,8 @@ class Factored(Preconditioner):
     Args:
         damping: Tikhonov damping, in the units of the curvature.
         decay: Smoothing of the factors; 0 takes the current batch's alone.
-        update_every: Steps between two updates of the factors and their factorization.
+        update_every: The optimizer's steps between two updates of the factors and their
+            factorization. All layers share them; one that missed its update has it when it is back.
         gram_tolerance: How exactly the Bellman pass measures samples' gradients under M; about
             that much, times how far the value function is shrunk, is the value function's error.
     """
@@ -40,19 +41,25 @@ class Factored(Preconditioner):
         self.check("update_every", self.update_every >= 1, "it must be at least 1")
         self.check("gram_tolerance", 0 <= self.gram_tolerance < 1, "it must lie in [0, 1)")
 
-    def due(self, state: State) -> bool:
-        """Whether the next observation updates the factors."""
-        return bool(state.get("step", 0) % self.update_every == 0)
+    def due(self, state: State, step: int | None = None) -> bool:
+        """Whether an observation in that step updates the factors: once every so many steps."""
+        step = state.get("step", 0) if step is None else step
+        last = state.get("refreshed")
+        return bool(last is None or last // self.update_every != step // self.update_every)
 
-    def _begin(self, state: State) -> bool:
+    def _begin(self, seen: Observation, state: State) -> bool:
         """Count an observation; whether it updates the factors."""
-        due = self.due(state)
-        state["step"] = state.get("step", 0) + 1
+        step = state.get("step", 0) if seen.step is None else seen.step
+        due = self.due(state, step)
+        if due:
+            state["refreshed"] = step
+            state["refreshes"] = state.get("refreshes", 0) + 1
+        state["step"] = step + 1
         return due
 
     def refreshed(self, state: State) -> bool:
         """Whether the last observation updated the factors."""
-        return bool((state["step"] - 1) % self.update_every == 0)
+        return bool(state["refreshed"] == state["step"] - 1)
 
     def _update_factors(self, seen: Observation, state: State) -> tuple[Tensor, Tensor]:
         assert seen.factors is not None
@@ -89,7 +96,7 @@ class KFAC(Factored):
     def observe(self, seen: Observation) -> Metric:
         """Refresh the inverses where they are due."""
         state = seen.states[0]
-        if self._begin(state):
+        if self._begin(seen, state):
             a, b = self._update_factors(seen, state)
             level_a, level_b = split_damping(a, b, self.damping)
             inverse_a = spd_inverse(a, level_a, state.get("A_inverse"))
@@ -135,7 +142,7 @@ class EKFAC(Factored):
         """Refresh the basis where it is due; correct the eigenvalues."""
         state = seen.states[0]
         failures = 0
-        if self._begin(state):
+        if self._begin(seen, state):
             a, b = self._update_factors(seen, state)
             basis_a = seen.eigenbases.of(a, state.get("U_A"))
             basis_b = eigenbasis(b, state.get("U_B"))

@@ -20,7 +20,7 @@ from ocnopt.control.party import parties
 from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
 from ocnopt.control.replay import autocast_as
-from ocnopt.control.turns import Group, Turn
+from ocnopt.control.turns import Group, Turn, with_strays
 from ocnopt.curvature import Preconditioner
 from ocnopt.errors import GraphError, OptionError
 from ocnopt.optim.base import Coverage
@@ -271,8 +271,11 @@ class DGNOpt(FeedbackOptimizer):
         # Factors move on while another alignment is played: what was made of them is stale then.
         for names in self._known.keys() - {_names(members) for members in together}:
             del self._known[names]
-        # What the model did not call when its game was found has no stage; it acts after all.
-        return groups + [Group([turn]) for turn in here.values()]
+        if not here:
+            return groups
+        for turn in here.values():
+            self._alone[turn.player] = "acts alone: it was not called when the game was found"
+        return with_strays(groups, turns)
 
     def _require_own_policies(self, together: list[list[Turn]]) -> None:
         """Raise if policies are to be kept of players who have none but a joint one."""

@@ -154,20 +154,38 @@ class FeedbackOptimizer(ModelOptimizer):
 
     def _due(self) -> frozenset[Player]:
         """Players whose Kronecker factors the next step updates, of inputs and signals."""
-        group_of = self._group_of()
+        group_of, step = self._group_of(), self._clock()
         return frozenset(
             player
             for player in self.players
             if player.params
             and (group := group_of.get(player.params[0])) is not None
-            and self._build(group).due(self.state.get(player.params[0], {}))
+            and self._build(group).due(self.state.get(player.params[0], {}), step)
         )
+
+    def _clock(self) -> int:
+        """Steps so far, as far as any player has taken part."""
+        states = (self.state.get(player.params[0], {}) for player in self.players)
+        return max((int(state.get("step", 0)) for state in states), default=0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; hook the model if the new group is the first to need it."""
         super().add_param_group(param_group)
-        if self._ready and self.recorder is None:
-            self._hook()
+        if self._ready:
+            self._hook_if_needed()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; hook the model if the state's preconditioner is the first to need it."""
+        super().load_state_dict(state_dict)
+        self._hook_if_needed()
+
+    def _hook_if_needed(self) -> None:
+        if self.recorder is not None and (self.recorder.players or not self.players):
+            return
+        if self.recorder is not None:
+            self.recorder.remove()
+            self.recorder = None
+        self._hook()
 
     # step
 
@@ -226,6 +244,7 @@ class FeedbackOptimizer(ModelOptimizer):
                 *others,
                 groups=groups,
                 fictitious=self.fictitious,
+                step=self._clock(),
             )
         dense = [self._dense(batch) for batch in batches]
         return DenseSweep(

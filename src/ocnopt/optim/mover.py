@@ -108,6 +108,7 @@ class ParamMover:
         mean: Callable[[], Params] | None = None,
         factors: Callable[[], tuple[Tensor, Tensor]] | None = None,
         samples: int = 1,
+        step: int | None = None,
         eigenbases: Eigenbases | None = None,
     ) -> Metric:
         """Update the preconditioner with the Bellman objective (by default: the gradient)."""
@@ -125,6 +126,7 @@ class ParamMover:
             self.layer,
             factors,
             samples,
+            step,
             eigenbases or Eigenbases(),
             self.report,
         )

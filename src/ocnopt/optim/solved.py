@@ -100,7 +100,7 @@ class SolvedLayers:
             rule = self._rule(player)
             assert owner is not None
             state = owner.state.get(player.params[0], {})
-            if rule is not None and state.get("step", 0) % rule.update_every == 0:
+            if rule is not None and rule.due(state):
                 due.append(player)
         return due
 
