@@ -17,12 +17,14 @@ gradients where there are locations, one more product per layer where M is diago
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -166,11 +168,9 @@ class Run:
         self.times.append(time.perf_counter() - start)
 
     def memory(self) -> int:
-        """Peak bytes of one step: parameters, and all that the step allocates."""
-        held = sum(p.nbytes for p in self.model.parameters())
-        for state in self.optimizer.state.values():
-            held += sum(t.nbytes for t in state.values() if isinstance(t, Tensor))
+        """Peak bytes of one step: what is held between steps, and all that the step allocates."""
         self.optimizer.zero_grad()
+        held = held_bytes([self.model, self.optimizer])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -180,6 +180,23 @@ class Run:
         with PeakMemory() as live:
             self.step()
         return live.peak + held
+
+
+def held_bytes(roots: list[object]) -> int:
+    """Bytes of all tensors that can be reached from some objects, shared ones counted once."""
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    rest = list(roots)
+    while rest:
+        found = rest.pop()
+        if id(found) in seen or isinstance(found, (type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(found))
+        if isinstance(found, Tensor):
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        rest.extend(gc.get_referents(found))
+    return sum(storages.values())
 
 
 def measure(net: str, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
