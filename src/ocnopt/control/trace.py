@@ -271,15 +271,14 @@ class Trace:
         Raises:
             RecordingError: They were not kept, as no factors were due when the gradient arrived.
         """
-        if self._formed_locations:
-            raise RecordingError(
-                f"the Kronecker factors of layer {self.player.name!r} are due now, but were not in "
-                "backward(): load a state or change update_every before the forward pass"
-            )
         return self._side_by_side([self.layer.rows(a) for a in self.features])
 
     def cols(self, coefficients: Tensor) -> Tensor:
-        """Signals ``sum_k coefficients_k P_k`` likewise: (B, L, groups, out)."""
+        """Signals ``sum_k coefficients_k P_k`` likewise: (B, L, groups, out).
+
+        Raises:
+            RecordingError: As above.
+        """
         return self._side_by_side(
             [
                 self.layer.cols(self._spread(coefficients, p, fold))
@@ -288,6 +287,11 @@ class Trace:
         )
 
     def _side_by_side(self, parts: list[Tensor]) -> Tensor:
+        if self._formed_locations:
+            raise RecordingError(
+                f"the Kronecker factors of layer {self.player.name!r} are due now, but were not in "
+                "backward(): load a state or change update_every before the forward pass"
+            )
         own = [part.reshape(self.samples, -1, *part.shape[2:]) for part in parts]
         return own[0] if len(own) == 1 else torch.cat(own, 1)
 
