@@ -6,6 +6,7 @@ import math
 import random
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 
@@ -324,6 +325,11 @@ def test_loading_replaces_what_was(make):
     [
         (lambda: EpsilonGreedy(1.5), r"epsilon=1.5 must be a probability in \[0, 1\], such as 0.1"),
         (lambda: EpsilonGreedy(math.nan), "epsilon"),
+        (lambda: EpsilonGreedy(None), "epsilon=None must be a probability"),
+        (lambda: EpsilonGreedy("0.1"), "epsilon='0.1' must be a probability"),
+        (lambda: EpsilonGreedy(True), "epsilon=True must be a probability"),
+        (lambda: Exp3PlusPlus(alpha="3"), "alpha='3' must be above 0, such as 3"),
+        (lambda: Exp3PlusPlus(beta=None), "beta=None must be above 0, such as 256"),
         (lambda: EpsilonGreedy(every=1), "every=1 must be a whole number of at least 2, or None"),
         (lambda: Exp3PlusPlus(every=1), "every=1 must be a whole number of at least 2, or None"),
         (lambda: RandomAlignment(every=0), "every=0 must be a whole number of at least 1, or None"),
@@ -348,6 +354,23 @@ def test_loading_replaces_what_was(make):
 def test_bad_options_are_named_with_a_remedy(make, says):
     with pytest.raises(OptionError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: EpsilonGreedy(np.float32(0.25)), lambda: EpsilonGreedy(0.25)),
+        (lambda: Exp3PlusPlus(np.float32(2), np.int64(8)), lambda: Exp3PlusPlus(2.0, 8.0)),
+    ],
+)
+def test_options_may_be_numpys_numbers_and_states_stay_plain(make, same):
+    bandit, other = make(), same()
+    for one in (bandit, other):
+        one.start(2)
+        for _ in range(8):
+            one.reward(0.5)
+    assert bandit.state_dict() == other.state_dict()
+    assert {type(p) for p in bandit.state_dict()["probabilities"]} == {float}
 
 
 @each

@@ -5,6 +5,7 @@ import itertools
 import math
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from control.game_networks import made
@@ -189,6 +190,12 @@ def test_others_make_way():
         ({"1.two1": 3}, "it acts at 1 to 2"),
         ({"1.three2": 3}, "only at 2"),
         ({"1.two1": 2, "1.two2": 2}, "at 3 at the earliest"),
+        ({"1.two1": 1.5}, "'1.two1' at 1.5; give a coarse stage, a whole number"),
+        ({"1.two1": 1.0}, "a whole number"),
+        ({"1.two1": True}, "a whole number"),
+        ({"1.two1": "a"}, "'1.two1' at 'a'; give a coarse stage"),
+        ({"1.two1": None}, "a whole number"),
+        ({5: 1}, "alignment names 5: players are '0'"),
     ],
 )
 def test_what_is_no_alignment_is_refused(alignment, says):
@@ -196,6 +203,11 @@ def test_what_is_no_alignment_is_refused(alignment, says):
     for ask in (game.stages, game.places, lambda a: game.run(torch.zeros(1), alignment=a)):
         with pytest.raises(OptionError, match=says):
             ask(alignment)
+
+
+def test_places_of_numpy_are_places():
+    game = find_game(made("inception")[0])
+    assert game.stages({"1.two1": np.int64(2)}) == game.stages({"1.two1": 2})
 
 
 def test_a_normalization_has_no_place_of_its_own():
@@ -244,6 +256,14 @@ def test_a_described_game():
         ([["0"], ["0"]], "'0' 2 times"),
         (STAGES[:-1], "leave out the players '5'"),
         ([["1.relu"], *STAGES], "'1.relu'"),
+        (["0", "5"], r"stage 0 is '0', not a list; give stages as lists of names, such as \[\["),
+        ("05", "stages='05'; give stages as lists of names"),
+        (None, "stages=None; give stages as lists of names"),
+        ([["0"], None], "stage 1 is None, not a list"),
+        (nn.Sequential(nn.Linear(2, 2)), "stage 0 is a Linear module, not a list"),
+        ([nn.Sequential(nn.Linear(2, 2))], "stage 0 is a Sequential module, not a list"),
+        ([["0"], [nn.Linear(2, 2)]], "stage 1 holds a Linear module, not a name"),
+        ([[["0"]]], r"stage 0 holds \['0'\], not a name"),
     ],
 )
 def test_a_wrong_description_is_refused(stages, says):

@@ -263,6 +263,19 @@ def test_what_cannot_be_traced_says_so():
         find_game(net, inputs=((torch.ones(2, 4),), {}))
 
 
+def test_a_run_stage_by_stage_ends_where_the_stages_do():
+    model, x = made("mlp")
+    game = find_game(model)
+    state = game.start(x)
+    for t in range(3):
+        with pytest.raises(GraphError, match=f"stage {t}.* take the {3 - t} that are left"):
+            game.finish(state)
+        state = game.step(state)
+    with pytest.raises(GraphError, match=r"all 3 stages have been taken; finish\(state\)"):
+        game.step(state)
+    assert torch.equal(game.finish(state), model(x))
+
+
 def test_a_layer_whose_weight_is_used_without_a_call():
     def forward(net, x):
         return F.linear(net.a(x), net.b.weight.t(), net.b.bias) + net.side(x)

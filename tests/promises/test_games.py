@@ -2,8 +2,10 @@
 
 import copy
 import gc
+from fractions import Fraction
 
 import games
+import numpy as np
 import pytest
 import torch
 from promises.conformance import (
@@ -145,6 +147,8 @@ def test_a_bandit_finds_the_alignment_that_is_rewarded():
         ({"penalty": float("nan")}, "penalty=nan"),
         ({"penalty": float("inf"), "information": "open-loop"}, "penalty=inf"),
         ({"penalty": "1"}, "penalty='1'"),
+        ({"penalty": True}, "penalty=True"),
+        ({"penalty": np.float32(0)}, "penalty=.*must be positive and finite"),
         ({"bellman": "off", "rollout": "off"}, "use information='open-loop'"),
         (
             {"bellman": "off", "rollout": "off", "information": "feedback"},
@@ -163,6 +167,17 @@ def test_a_bandit_finds_the_alignment_that_is_rewarded():
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(ocnopt.OptionError, match=message):
         dgnopt(net(), nn.CrossEntropyLoss(), **options)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float16(0.5), Fraction(1, 2)], ids=repr)
+def test_a_penalty_may_be_any_real_number(number):
+    models = []
+    for penalty in (number, 0.5):
+        criterion, model = nn.CrossEntropyLoss(), net()
+        optimizer = dgnopt(model, criterion, fictitious="adversarial", penalty=penalty)
+        train(model, optimizer, 2, criterion)
+        models.append(model)
+    assert_weights_equal(*models)
 
 
 class Unequal(nn.Module):

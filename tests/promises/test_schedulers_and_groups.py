@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from promises.conformance import (
@@ -20,6 +21,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import ocnopt
+from ocnopt.curvature import KFAC
 
 SCHEDULERS = {
     "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
@@ -191,6 +193,35 @@ def test_bias_and_weight_with_rates_of_their_own():
     assert not torch.equal(other[0].weight, one[0].weight)
 
 
+def test_equal_rates_in_tensors_of_their_own_are_equal():
+    def groups(bias):
+        return [
+            {"params": "0.weight", "lr": torch.tensor(0.1)},
+            {"params": "0.bias", "lr": torch.tensor(bias)},
+        ]
+
+    criterion, model, other = nn.CrossEntropyLoss(), mlp(), mlp()
+    tensors = ocnopt.DDPNOpt(model, criterion, lr=0.2, preconditioner="kfac", params=groups(0.1))
+    run(model, tensors, 2, criterion)
+    plain = [{"params": "0", "lr": float(torch.tensor(0.1))}]
+    own = nn.CrossEntropyLoss()
+    run(other, ocnopt.DDPNOpt(other, own, lr=0.2, preconditioner="kfac", params=plain), 2, own)
+    assert_weights_equal(model, other)
+    with pytest.raises(ocnopt.OptionError, match="different learning rates"):
+        ocnopt.DDPNOpt(mlp(), None, lr=0.2, preconditioner="kfac", params=groups(0.3))
+
+
+def test_options_may_be_numpys_numbers_and_checkpoints_stay_plain(tmp_path):
+    number = np.float32(0.25)
+    names = ("lr", "momentum", "weight_decay", "feedback_clip")
+    groups = [{"params": "0", "lr": np.float64(0.5), "momentum": np.int64(0)}]
+    optimizer = ocnopt.DDPNOpt(mlp(), None, **dict.fromkeys(names, number), params=groups)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [optimizer.param_groups[1][name] for name in names] == [0.25] * 4
+    assert [optimizer.param_groups[0][name] for name in names[:2]] == [0.5, 0]
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_preconditioner_per_group(name):
     model, criterion = mlp(), nn.CrossEntropyLoss()
@@ -233,6 +264,9 @@ def test_group_added_later(name):
         ([{"params": 3}], "cannot read 3"),
         ([{"lr": 0.1}], "params"),
         (["0"], "expected groups"),
+        (5, "expected groups such as .*, got int"),
+        (nn.Linear(2, 2), "expected groups such as .*, got Linear"),
+        (torch.tensor(1.0), "expected groups such as .*, got Tensor"),
         ([{"params": "0"}, {"params": "0.weight"}], "in groups 0 and 1"),
         ([{"params": "0", "lr": -1.0}], "lr"),
         ([{"params": "0", "momentum": 1.0}], "momentum"),
@@ -259,12 +293,19 @@ def test_errors_name_what_is_wrong(params, message):
         ({"terminal": "matched"}, "criterion"),
         ({"preconditioner": "newton"}, "newton"),
         ({"preconditioner": {"name": "adam", "beta": 1}}, "beta"),
+        ({"preconditioner": {"name": "adam", "betas": 1}}, "preconditioner 'adam'"),
+        ({"preconditioner": {"name": ["adam"]}}, "is not known; choose one of"),
+        ({"preconditioner": KFAC}, r"KFAC'> is not known.* an object .*, such as KFAC\("),
+        ({"preconditioner": None}, "preconditioner=None is not known"),
+        ({"preconditioner": 5}, "preconditioner=5 is not known"),
         ({"reduction": "none"}, "reduction"),
         ({"measure_every": 1}, "criterion"),
         ({"measure_every": -1}, "measure_every"),
         ({"lr": float("nan")}, "lr"),
         ({"lr": "fast"}, "lr"),
         ({"momentum": "much"}, "momentum"),
+        ({"momentum": np.bool_(True)}, "momentum"),
+        ({"lr": True}, "lr=True, but it must be a number"),
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ocnopt.errors import OptionError
+from ocnopt.real import is_real
 
 __all__ = [
     "Alignment",
@@ -280,9 +281,9 @@ class EpsilonGreedy(Alignment):
 
     def __init__(self, epsilon: float = 0.1, *, every: int | None = None, seed: int = 0) -> None:
         super().__init__(every, seed)
-        if not 0 <= epsilon <= 1:
+        if not (is_real(epsilon) and 0 <= epsilon <= 1):
             raise OptionError(f"epsilon={epsilon!r} must be a probability in [0, 1], such as 0.1")
-        self.epsilon = epsilon
+        self.epsilon = float(epsilon)
 
     def _setup(self, arms: int) -> None:
         super()._setup(arms)
@@ -329,10 +330,10 @@ class Exp3PlusPlus(Alignment):
     ) -> None:
         super().__init__(every, seed)
         for name, value, usual in (("alpha", alpha, 3), ("beta", beta, 256)):
-            if not (math.isfinite(value) and value > 0):
+            if not (is_real(value) and 0 < value < math.inf):
                 raise OptionError(f"{name}={value!r} must be above 0, such as {usual}")
-        self.alpha = alpha
-        self.beta = beta
+        self.alpha = float(alpha)
+        self.beta = float(beta)
 
     def _setup(self, arms: int) -> None:
         super()._setup(arms)

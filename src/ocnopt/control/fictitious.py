@@ -11,6 +11,7 @@ from torch import Tensor
 from ocnopt.control.batch import Batch
 from ocnopt.control.turns import Group
 from ocnopt.errors import OptionError
+from ocnopt.real import is_real
 
 __all__ = ["Fictitious", "require_penalty"]
 
@@ -75,8 +76,8 @@ class Fictitious:
         return v / rest, k / rest, grown / rest
 
 
-def require_penalty(penalty: float) -> None:
-    """Raise unless it is a price.
+def require_penalty(penalty: float) -> float:
+    """The price of a fictitious player, as a float.
 
     Args:
         penalty: The option.
@@ -84,6 +85,6 @@ def require_penalty(penalty: float) -> None:
     Raises:
         OptionError: It is not positive and finite.
     """
-    number = isinstance(penalty, (int, float)) and not isinstance(penalty, bool)
-    if not (number and 0 < penalty < math.inf):
+    if not (is_real(penalty) and 0 < penalty < math.inf):
         raise OptionError(f"penalty={penalty!r}, but it must be positive and finite")
+    return float(penalty)

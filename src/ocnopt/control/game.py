@@ -10,15 +10,15 @@ another game.
 from __future__ import annotations
 
 import copy
-import difflib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
+from ocnopt.control.description import described_acts, suggest
 from ocnopt.control.placement import Act, Branch, Placement
 from ocnopt.control.players import Player, find_players
 from ocnopt.control.schedule import Program, Schedule, fine_stages
@@ -127,29 +127,11 @@ class Game:
             A game with one alignment, without alive tensors, that cannot be run.
 
         Raises:
-            OptionError: A name is no player, or is given twice; a player is left out.
+            OptionError: Stages are no lists of names; a name is no player, or is given twice; a
+                player is left out.
         """
         players, unowned = find_players(model)
-        by_name = {player.name: player for player in players}
-        listed = [list(stage) for stage in stages]
-        for name, count in Counter(name for stage in listed for name in stage).items():
-            if name not in by_name:
-                reasons = {u.module: u.reason for u in unowned}
-                why = reasons.get(name) or _suggest(name, by_name)
-                raise OptionError(f"stages name {name!r}, which is no player: {why}")
-            if count > 1:
-                raise OptionError(f"stages name player {name!r} {count} times; name it once")
-        left_out = by_name.keys() - {name for stage in listed for name in stage}
-        if left_out:
-            missing = ", ".join(repr(p.name) for p in players if p.name in left_out)
-            raise OptionError(f"stages leave out the players {missing}; give each its place")
-        acts: list[Act] = []
-        before: frozenset[int] = frozenset()
-        for stage in filter(None, listed):
-            first = len(acts)
-            acts += [Act((by_name[name],), False, before, frozenset(), True) for name in stage]
-            before = frozenset(range(first, len(acts)))
-        return cls(model, players, acts)
+        return cls(model, players, described_acts(stages, players, unowned))
 
     def places(self, alignment: int | Mapping[str, int] = 0) -> dict[str, int]:
         """The coarse stage of every player that acts, by name.
@@ -231,15 +213,33 @@ class Game:
         return State(0, {node: given[node] for node in schedule.carried[0]}, schedule)
 
     def step(self, state: State) -> State:
-        """``F_t``: from the state at a stage's start to that of the next."""
+        """``F_t``: from the state at a stage's start to that of the next.
+
+        Raises:
+            GraphError: No stage is left.
+        """
         schedule, t = state._schedule, state.stage
+        if t >= schedule.count:
+            raise GraphError(
+                f"step: all {schedule.count} stages have been taken; finish(state) is the output"
+            )
         values = dict(state._values)
         for node in schedule.nodes[t]:
             values[node] = schedule.program.traced.compute(node, values)
         return State(t + 1, {node: values[node] for node in schedule.carried[t + 1]}, schedule)
 
     def finish(self, state: State) -> Any:
-        """The model's output, from the state behind the last stage."""
+        """The model's output, from the state behind the last stage.
+
+        Raises:
+            GraphError: A stage is still to come.
+        """
+        left = state._schedule.count - state.stage
+        if left:
+            raise GraphError(
+                f"finish: the state is at the start of stage {state.stage}, and the output is only "
+                f"known behind the last; take the {left} that are left by step(state)"
+            )
         return state._schedule.program.traced.output(state._values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Game:
@@ -272,9 +272,14 @@ class Game:
     def _checked(self, wished: Mapping[str, int]) -> list[int]:
         acts, placement = self._placement.acts, self._placement
         index = {player.name: v for v, act in enumerate(acts) for player in act.players}
-        for name in wished:
+        for name, place in wished.items():
             if name not in index:
-                raise OptionError(f"alignment names {name!r}: {_suggest(name, index)}")
+                raise OptionError(f"alignment names {name!r}: {suggest(name, index)}")
+            if not isinstance(place, Integral) or isinstance(place, bool):
+                raise OptionError(
+                    f"alignment puts {name!r} at {place!r}; give a coarse stage, a whole number "
+                    "such as those of places()"
+                )
         for name, place in wished.items():
             v = index[name]
             early, late = placement.earliest[v], placement.latest[v]
@@ -347,11 +352,3 @@ def find_game(
         raise GraphError(f"no player of {type(model).__name__} acts in its forward")
     key = call_key(model, inputs, shapes=traced.spec is not None)
     return Game(model, players, program.acts, program, key)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    close = difflib.get_close_matches(name, names, 1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"players are {', '.join(map(repr, names[:8]))}{', ...' if len(names) > 8 else ''}"

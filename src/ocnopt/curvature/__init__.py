@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ocnopt.curvature.base import Observation, Preconditioner
@@ -39,17 +40,17 @@ def preconditioner(spec: str | Preconditioner | dict[str, Any]) -> Preconditione
         # A user's own kind is known by name from here on, as checkpoints refer to it.
         PRECONDITIONERS.setdefault(spec.name, type(spec))
         return spec
-    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
-    if name not in PRECONDITIONERS:
+    if not isinstance(name, str) or name not in PRECONDITIONERS:
         known = ", ".join(repr(n) for n in PRECONDITIONERS)
         raise OptionError(
             f"preconditioner={spec!r} is not known; choose one of {known} or an object of "
-            "ocnopt.curvature"
+            "ocnopt.curvature, such as KFAC(damping=0.1)"
         )
-    if "betas" in options:
-        options["betas"] = tuple(options["betas"])
     try:
+        if "betas" in options:
+            options["betas"] = tuple(options["betas"])
         return PRECONDITIONERS[name](**options)
     except TypeError as error:
         raise OptionError(f"preconditioner {name!r}: {error}") from error

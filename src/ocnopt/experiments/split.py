@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ocnopt.experiments.errors import InputError
+from ocnopt.real import is_real
 
 __all__ = ["Split", "build_apart"]
 
@@ -90,8 +91,7 @@ def build_apart(
         InputError: The rate is no positive number, nothing is to be parted, or the optimizer
             cannot part it.
     """
-    number = isinstance(rest_lr, int | float) and not isinstance(rest_lr, bool)
-    if not (number and math.isfinite(rest_lr) and rest_lr > 0):
+    if not (is_real(rest_lr) and math.isfinite(rest_lr) and rest_lr > 0):
         raise InputError(f"rest_lr must be a positive number, not {rest_lr!r}")
     from ocnopt.optim.feedback import FeedbackOptimizer
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ocnopt.errors import OptionError
+from ocnopt.real import is_real
 
 __all__ = ["REDUCTIONS", "MMCLoss"]
 
@@ -67,8 +68,7 @@ class MMCLoss(nn.Module):
                 f"dim={dim!r}, but the centers of {classes} classes need {classes - 1} dimensions "
                 "or more; give the network's last layer that many outputs"
             )
-        number = isinstance(radius, (int, float)) and not isinstance(radius, bool)
-        if not number or not 0 < radius < math.inf:
+        if not is_real(radius) or not 0 < radius < math.inf:
             raise OptionError(f"radius={radius!r}, but it must be a positive number")
         if reduction not in REDUCTIONS:
             raise OptionError(

@@ -18,6 +18,7 @@ from ocnopt.control.hooks import ModuleHook
 from ocnopt.curvature.metric import to_float
 from ocnopt.errors import GraphError, OptionError, RecordingError
 from ocnopt.layers import MatrixLayer, kind_of
+from ocnopt.real import is_real
 
 __all__ = ["VanishingGradientRegularizer"]
 
@@ -77,9 +78,9 @@ class VanishingGradientRegularizer:
     """
 
     def __init__(self, model: nn.Module, weight: float = 1.0) -> None:
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        if not is_real(weight) or not 0 <= weight < math.inf:
             raise OptionError(f"weight={weight!r}, but it must be a number, 0 or more")
-        self.weight = weight
+        self.weight = float(weight)
         self.ratios: dict[str, Tensor] = {}
         self.active = True
         self._states: list[_State] = []

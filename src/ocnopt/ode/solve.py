@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ocnopt.errors import OcnoptError, OptionError, SolverError
 from ocnopt.finite import all_finite
+from ocnopt.real import is_real
 
 __all__ = ["ADAPTIVE", "METHODS", "Method", "State", "solve"]
 
@@ -53,11 +54,10 @@ class Method:
             raise OptionError(f"method={self.name!r} is no solver; choose one of {METHODS}")
         for option in ("rtol", "atol"):
             value = getattr(self, option)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 <= value < math.inf):
+            if not (is_real(value) and 0 <= value < math.inf):
                 raise OptionError(f"{option}={value!r}, but it must be finite and at least 0")
         step = self.options.get("step_size", 1.0)
-        if not (isinstance(step, (int, float, Tensor)) and 0 < float(step) < math.inf):
+        if not ((is_real(step) or isinstance(step, Tensor)) and 0 < float(step) < math.inf):
             raise OptionError(f"options: step_size={step!r}, but it must be finite and positive")
         if self.adaptive and not (self.rtol or self.atol):
             raise OptionError("rtol and atol are both 0, which no step can meet; set one of them")

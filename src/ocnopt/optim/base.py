@@ -20,6 +20,7 @@ from ocnopt.finite import all_finite
 from ocnopt.layers import Params
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes, sum_over
+from ocnopt.real import is_real, plain
 
 __all__ = ["Coverage", "ModelOptimizer"]
 
@@ -70,7 +71,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._built: dict[int, tuple[dict[str, Any], Preconditioner]] = {}
         self._frozen: set[Tensor] = set()
-        super().__init__(resolve_groups(self.model, params), defaults)
+        super().__init__(resolve_groups(self.model, params), plain(defaults))
         self._frozen = {p for p in self.model.parameters() if not p.requires_grad}
         self._check_groups()
 
@@ -93,7 +94,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             OptionError: An option out of range or an unknown name.
         """
-        group = dict(param_group)
+        group = plain(param_group)
         known = {"params", "initial_lr", "name", "betas"} | self.defaults.keys()
         unknown = group.keys() - known
         if unknown:
@@ -122,7 +123,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
             where = f"parameter group {i}: " if len(self.param_groups) > 1 else ""
             for option in ("lr", "momentum", "weight_decay", "feedback_clip"):
                 value = group[option]
-                number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+                number = is_real(value) or isinstance(value, Tensor)
                 none = value is None and option == "feedback_clip"
                 _check(where, option, value, number or none, "a number")
             rate = float(group["lr"])
@@ -140,7 +141,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
                     f"layer {player.name!r} has its weight and bias in groups with different "
                     "preconditioners; give both the same"
                 )
-            if mine and len({g["lr"] for g in mine}) > 1 and self._build(mine[0]).factored:
+            if mine and len({float(g["lr"]) for g in mine}) > 1 and self._build(mine[0]).factored:
                 raise OptionError(
                     f"layer {player.name!r} has its weight and bias in groups with different "
                     f"learning rates, which {mine[0]['preconditioner']['name']!r} cannot take "

@@ -16,6 +16,7 @@ from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
 from ocnopt.finite import all_finite
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes
+from ocnopt.real import is_real, plain
 
 __all__ = ["BatchOptimizer", "is_count", "is_number", "require", "require_finite"]
 
@@ -78,7 +79,7 @@ class BatchOptimizer(torch.optim.Optimizer):
                 f"params: a group has no option {sorted(unknown)[0]!r}; choose from "
                 f"{', '.join(self.defaults)}"
             )
-        group = {**self.defaults, **param_group}
+        group = plain({**self.defaults, **param_group})
         self._check_group(group)
         group["params"] = resolve(self.model, group["params"])
         super().add_param_group(group)
@@ -164,8 +165,7 @@ def require_finite(chain: Chain, loss: Tensor) -> None:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number that is not negative."""
-    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-    return number and 0 <= float(value) < math.inf  # type: ignore[arg-type]
+    return (is_real(value) or isinstance(value, Tensor)) and 0 <= float(value) < math.inf
 
 
 def is_count(value: object) -> bool:

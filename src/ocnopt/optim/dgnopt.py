@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from numbers import Real
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from ocnopt.optim.base import Coverage
 from ocnopt.optim.feedback import FeedbackOptimizer
 from ocnopt.optim.parallel import mean_over, processes
 from ocnopt.optim.rounds import Rounds, alignment_named
+from ocnopt.real import is_real
 
 __all__ = ["DGNOpt"]
 
@@ -138,7 +138,7 @@ class DGNOpt(FeedbackOptimizer):
         self.rounds = Rounds(alignment_named(alignment))
         if terminal is None:
             terminal = "outer-product" if criterion is None else "bounded"
-        require_penalty(penalty)
+        penalty = require_penalty(penalty)
         helper = None if fictitious is None else Fictitious(fictitious, penalty)
         if information == "open-loop":
             bellman = rollout = "off"
@@ -384,4 +384,4 @@ def _is_number(value: object) -> bool:
     """Whether it is a real number, in a tensor perhaps; truth values are none."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return is_real(value)

@@ -84,7 +84,7 @@ class FeedbackOptimizer(ModelOptimizer):
         self.bellman = bellman
         self.rollout = rollout
         self.curvature = curvature
-        self.value_reg = value_reg
+        self.value_reg = float(value_reg)
         self.dynamics_order = dynamics_order
         self.keep_policy = keep_policy
         self.fictitious = fictitious

@@ -8,6 +8,7 @@ from torch import nn
 
 from ocnopt.control.bellman import RECURSIONS
 from ocnopt.errors import OptionError
+from ocnopt.real import is_real
 
 __all__ = ["ROLLOUTS", "require_feedback_options"]
 
@@ -54,7 +55,7 @@ def require_feedback_options(
         )
     if dynamics_order not in (1, 2):
         raise OptionError(f"dynamics_order={dynamics_order!r}, but it must be 1 or 2")
-    if not (isinstance(value_reg, (int, float)) and 0 <= value_reg < math.inf):
+    if not (is_real(value_reg) and 0 <= value_reg < math.inf):
         raise OptionError(f"value_reg={value_reg!r}, but it must be finite and at least 0")
     if terminal != "full" and (value_reg or dynamics_order == 2):
         name = "value_reg" if value_reg else "dynamics_order=2"

@@ -65,10 +65,9 @@ def resolve_groups(model: nn.Module, params: Any) -> list[dict[str, Any]]:
     """
     groups: list[dict[str, Any]] = []
     taken: dict[int, int] = {}
-    entries = (
-        [] if params is None else [params] if isinstance(params, (str, dict)) else list(params)
-    )
-    for entry in entries:
+    if isinstance(params, (str, dict, Tensor)) or not isinstance(params, Iterable):
+        params = () if params is None else (params,)
+    for entry in params:
         if not isinstance(entry, dict):
             raise OptionError(
                 "params: expected groups such as {'params': 'encoder', 'lr': 0.01}, got "

@@ -13,6 +13,7 @@ from ocnopt.optim.base import Coverage
 from ocnopt.optim.feedback import FeedbackOptimizer
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.solved import SolvedLayers
+from ocnopt.real import is_real
 
 __all__ = ["SolvingOptimizer", "require_sample_step"]
 
@@ -23,8 +24,7 @@ def require_sample_step(sample_step: float) -> float:
     Raises:
         OptionError: It is no finite, positive number.
     """
-    number = isinstance(sample_step, (int, float)) and not isinstance(sample_step, bool)
-    if not (number and 0 < sample_step < math.inf):
+    if not (is_real(sample_step) and 0 < sample_step < math.inf):
         raise OptionError(f"sample_step={sample_step!r}, but it must be finite and positive")
     return float(sample_step)
 

@@ -128,11 +128,11 @@ class VanillaDDP(BatchOptimizer):
         whole = isinstance(backtracks, int) and not isinstance(backtracks, bool)
         fits = backtracks is None or (whole and backtracks >= 0)
         require("backtracks", backtracks, fits, "a whole number of at least 0, or None")
-        self.state_reg = state_reg
+        self.state_reg = float(state_reg)
         self.batch = batch
         self.dynamics_order = dynamics_order
         self.backtracks = backtracks
-        self._floor = damping
+        self._floor = float(damping)
         self._alpha = 0.0
         self._diagnostics = Diagnostics()
         super().__init__(model, criterion, {"lr": lr, "weight_decay": weight_decay}, params)

@@ -1,0 +1,33 @@
+"""Which options are numbers: Python's and numpy's alike, but no truth value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+__all__ = ["is_real", "plain"]
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a real number.
+
+    Args:
+        value: An option as it was given.
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with Python's numbers in place of others, as checkpoints are to be plain values.
+
+    Args:
+        options: By name; what is no number stays as it is.
+    """
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if not is_real(value):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
