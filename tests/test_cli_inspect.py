@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "sklearn", "matplotlib", "numpy", "scipy")
 
 OWN = """
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -46,6 +48,19 @@ def fickle():
 
 def plain():
     return nn.PReLU()
+
+
+def unfinished(shape, classes):
+    raise KeyError("boom")
+
+
+def dollars():
+    inner = nn.Sequential(OrderedDict({"a$b_{$": nn.Linear(4, 3), "$_{$": nn.BatchNorm1d(3)}))
+    return nn.Sequential(OrderedDict({"in$_{$side": inner}))
+
+
+def closed():
+    raise ValueError("no data today")
 
 
 def words():
@@ -168,6 +183,17 @@ def test_a_picture(capsys, here):
     assert json.loads((here / "out" / "game.json").read_text())["network"] == "inception"
 
 
+def test_names_with_dollar_signs_are_drawn(here):
+    words = ["--dataset", "inspected_own:numbers", "--network", "inspected_own:dollars"]
+    assert run(*words, "--output", "out") == 0
+    assert (here / "out" / "game.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_whole_number_may_have_a_point(capsys):
+    words = ["--network", "residual-cnn", "--widths", "4,6", "--alignment", "1.0"]
+    assert looked_at(capsys, *words)["alignment"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -177,10 +203,20 @@ def test_a_picture(capsys, here):
         (["--alignment", "1"], "give 0 to 0"),
         (["--alignment", "-2"], "give 0 to 0"),
         (["--alignment", "late"], "ocnopt inspect --help"),
+        (["--alignment", "1.5"], "--alignment must be a whole number, not 1.5"),
+        (["--alignment=-0.5"], "--alignment must be a whole number, not -0.5"),
         (["--widths", "3,x"], "whole numbers"),
         (["--depth", "2"], "depth belongs to"),
         (["--network", "absent_module:model"], "absent_module"),
         (["--network", "inspected_own:encoder"], "cannot take inputs of shape (2, 1, 8, 8)"),
+        (
+            ["--network", "inspected_own:unfinished"],
+            "unfinished raised KeyError: 'boom' (inspected",
+        ),
+        (
+            ["--dataset", "inspected_own:closed"],
+            "closed raised ValueError: no data today (inspected",
+        ),
         (
             ["--dataset", "inspected_own:numbers", "--network", "inspected_own:fickle"],
             "could not be traced",

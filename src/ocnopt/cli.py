@@ -74,6 +74,7 @@ def _app() -> App:
 
     from ocnopt import __version__
     from ocnopt.experiments.data.commands import data_app
+    from ocnopt.experiments.options import require_whole
 
     app = App(
         name="ocnopt",
@@ -81,6 +82,7 @@ def _app() -> App:
         version=__version__,
         default_parameter=Parameter(negative=(), show_default=False),
         suppress_keyboard_interrupt=False,
+        config=require_whole,
     )
     app.command(train)
     app.command(compare)

@@ -35,6 +35,9 @@ def model(shape, classes):
 def narrow(shape, classes):
     return nn.Linear(shape[0] + 1, classes)
 
+def unfinished(shape, classes):
+    raise KeyError("boom")
+
 def data():
     draws = np.random.default_rng(0)
     x = draws.normal(size=(120, 4))  # float64, as numpy makes it
@@ -394,6 +397,11 @@ def test_a_rate_is_chosen_on_validation_samples_and_judged_on_others(own, monkey
             "sgd: the first step failed with Runtime",
         ),
         (["sgd lr=1"], {"network": "compared_own:nothing"}, "nothing"),
+        (
+            ["sgd lr=1"],
+            {"network": "compared_own:unfinished"},
+            r"sgd: network compared_own:unfinished raised KeyError: 'boom' \(compared_own\.py",
+        ),
         (["compared_own:model lr=1"], {}, "no torch.optim.Optimizer"),
     ],
 )

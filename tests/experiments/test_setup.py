@@ -191,6 +191,55 @@ def test_what_is_not_found_is_said(own, name, says):
     assert str(caught.value).startswith("dataset ")
 
 
+BROKEN = """
+import torch
+from torch import nn
+
+def fails():
+    part = "first"
+    raise RuntimeError(f"no {part} part\\n  and no second")
+
+def net(shape, classes):
+    return nn.Linear("three", classes)
+
+def silent():
+    assert False
+"""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "says"),
+    [
+        ("fails", r"raised RuntimeError: no first part and no second \(NAME\.py, line 7\)"),
+        ("net", r"raised TypeError: .*\(NAME\.py, line 10\)"),
+        ("silent", r"raised AssertionError \(NAME\.py, line 13\)"),
+    ],
+)
+def test_what_an_own_function_raises_is_said_with_the_place(own, attribute, says):
+    name = own(BROKEN)
+    says = says.replace("NAME", name)
+    data = load_data(own_run(dataset="wine"))
+    with pytest.raises(InputError, match=f"^network {name}:{attribute} {says}$") as caught:
+        build_network(own_run(dataset="wine", network=f"{name}:{attribute}").resolved(), data)
+    assert caught.value.__cause__ is not None
+    if attribute != "net":
+        with pytest.raises(InputError, match=f"^dataset {name}:{attribute} {says}$"):
+            load_data(own_run(dataset=f"{name}:{attribute}", batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import math\nmath.nobody\n", r"AttributeError: .*nobody.* \(NAME\.py, line 2\)$"),
+        ("def f(:\n", r"SyntaxError: [^(]*\(NAME\.py, line 1\)$"),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_bad_input_to_a_run(own, source, says):
+    name = own(source)
+    with pytest.raises(InputError, match=f"dataset {name}:f raised " + says.replace("NAME", name)):
+        load_data(own_run(dataset=f"{name}:f"))
+
+
 def test_an_error_inside_the_users_module_is_theirs(own):
     with pytest.raises(AttributeError, match="nobody"):
         find(own("import math\nmath.nobody\n") + ":f", "dataset")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ocnopt.experiments.errors import InputError
+
+if TYPE_CHECKING:
+    from cyclopts import App, ArgumentCollection
 
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 
@@ -50,6 +53,31 @@ def parse_widths(text: str) -> tuple[int, ...]:
         raise InputError(
             f"widths {text!r} are not whole numbers with commas, as in 32,32,16"
         ) from None
+
+
+def require_whole(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse fractions where an option is a whole number; cyclopts would round them.
+
+    Args:
+        app: The command; this and the next are there as cyclopts calls it so.
+        commands: Its name.
+        arguments: What was given, as texts.
+
+    Raises:
+        InputError: An option has a fraction.
+    """
+    for argument in arguments:
+        if int in (argument.hint, *get_args(argument.hint)):
+            for token in argument.tokens:
+                if _is_fraction(token.value):
+                    raise InputError(f"{argument.name} must be a whole number, not {token.value}")
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return not float(text).is_integer()
+    except ValueError:  # no number at all, which is said elsewhere
+        return False
 
 
 def _value(text: str) -> Any:

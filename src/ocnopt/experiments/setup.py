@@ -15,7 +15,7 @@ from ocnopt.experiments import datasets, networks
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.datasets import Data
 from ocnopt.experiments.errors import InputError
-from ocnopt.experiments.own import find
+from ocnopt.experiments.own import find, theirs
 
 __all__ = ["build_network", "correct", "fcn_recipe", "load_data", "total_steps"]
 
@@ -44,7 +44,8 @@ def load_data(config: TrainConfig) -> Data:
 
 def _own_data(name: str, own_network: bool) -> Data:
     """Call the user's function; inputs that an own network may embed stay whole numbers."""
-    found = find(name, "dataset")()
+    with theirs(f"dataset {name}"):
+        found = find(name, "dataset")()
     known = 0
     if isinstance(found, Data):
         known = found.classes
@@ -141,8 +142,9 @@ def build_network(config: TrainConfig, data: Data) -> nn.Module:
         assert c.hidden and c.stride and c.method and c.rtol and c.atol
         series = networks.GruODE(c.hidden, c.stride, c.method, c.rtol, c.atol)
         return networks.gru_ode(series, *fits)
-    build = find(config.network, "network")
-    model = build(*_arguments(config.network, build, fits))
+    with theirs(f"network {config.network}"):
+        build = find(config.network, "network")
+        model = build(*_arguments(config.network, build, fits))
     if not isinstance(model, nn.Module):
         raise InputError(
             f"network {config.network} returned {type(model).__name__}, not an nn.Module"

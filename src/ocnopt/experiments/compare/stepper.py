@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.datasets import Data
 from ocnopt.experiments.errors import InputError
 from ocnopt.experiments.order import DataOrder
+from ocnopt.experiments.own import told
 from ocnopt.experiments.setup import build_network
 from ocnopt.experiments.training import threads
 
@@ -71,12 +70,7 @@ def try_step(config: TrainConfig, data: Data, label: str) -> None:
             raise InputError(f"{label}: {error}") from None
         except Exception as error:
             # The module may be the user's own: the place is what they need to find the mistake.
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            first = next(iter(str(error).strip().splitlines()), "")
-            raise InputError(
-                f"{label}: the first step failed with {type(error).__name__}: {first}"
-                f" ({Path(place.filename).name}, line {place.lineno})"
-            ) from error
+            raise InputError(f"{label}: the first step failed with {told(error)}") from error
 
 
 def time_steps(

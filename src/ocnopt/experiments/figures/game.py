@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,6 +27,7 @@ _SIGNS |= {"cat": "c", "concat": "c", "stack": "c", "matmul": "@", "bmm": "@"}
 _INCH = 0.98  # of a unit
 
 
+@rc_context({"text.parse_math": False})  # a name with dollar signs is a name
 def save_game(
     path: Path, game: Game, alignment: int, title: str, alive: Mapping[int, int] | None = None
 ) -> None:

@@ -15,6 +15,7 @@ from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.data.sets import SETS
 from ocnopt.experiments.datasets import Data
 from ocnopt.experiments.errors import InputError
+from ocnopt.experiments.own import told
 from ocnopt.experiments.setup import build_network, load_data
 
 __all__ = ["Inspection", "Reach", "inspect_network", "kind", "shapes"]
@@ -129,9 +130,8 @@ def inspect_network(config: TrainConfig, alignment: int = 0) -> Inspection:
     try:
         model(x)
     except Exception as error:  # whatever the user's own network raises
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"network {config.network} cannot take inputs of shape {tuple(x.shape)}: {why}"
+            f"network {config.network} cannot take inputs of shape {tuple(x.shape)}: {told(error)}"
         ) from error
     players, unowned = find_players(model)
     if not players:
