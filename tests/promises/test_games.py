@@ -84,9 +84,8 @@ def test_switching_alignments_keeps_every_layers_state():
         for name, value in mine.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[key][name])), name
     train(model, optimizer, 2, criterion, 3)
-    pairs = [k for s in optimizer.state.values() for k in s if k.startswith("A:")]
-    skip = next(p.index for p in optimizer.players if p.name == "skip")
-    assert pairs == [f"A:{skip}"] * 2  # one pair per alignment, both kept
+    pairs = [k for s in optimizer.state.values() for k in s if k.startswith("A with")]
+    assert pairs == ["A with skip"] * 2  # one pair per alignment, both kept
 
 
 def test_every_alignment_leaves_the_forward_pass_unchanged():

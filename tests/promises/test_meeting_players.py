@@ -87,9 +87,8 @@ def test_a_player_who_was_frozen_meets_its_partner_again():
         model.skip.requires_grad_(i < 4 or i >= 12)
         step(model, optimizer, criterion, *batch(i))
     assert optimizer.diagnostics.total.failures == 0
-    skip = next(p.index for p in optimizer.players if p.name == "skip")
     state = optimizer.state[model.one.weight]
-    assert state[f"met:{skip}"] == 11  # the last refresh, the twelfth
+    assert state["met with skip"] == state["refreshes"] == 12
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])
