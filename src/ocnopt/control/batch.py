@@ -153,7 +153,9 @@ def gather(
             count = 1
         weight = scale / (count * processes)
         lift = _ratio(float(count), scale)
-        v, k = _terminal_values(terminal, calls, samples, scale, count, dtype, device)
+        # Columns were made of every call, as it came; those that took no part have no curvature.
+        asked = recorded.calls if terminal.rank_r else calls
+        v, k = _terminal_values(terminal, asked, samples, scale, count, dtype, device)
         batch = Batch(samples, weight, lift, v, k, source=recorded, processes=processes)
         deepest = max(use.dims for use in recorded.received)
         for player, uses in table.items():
@@ -187,7 +189,8 @@ def _mismatch(uses: list[Use], samples: int, deepest: int) -> str | None:
 
 def _scale(call: TerminalCall, samples: int) -> float | Tensor:
     """Factor with which one call's value entered the total, a number or (B,)."""
-    assert call.scale is not None
+    if call.scale is None:
+        return 0.0
     if call.loss.dim() == 0:
         return float(call.scale)
     return call.scale.reshape(samples, -1).mean(1)

@@ -20,8 +20,9 @@ class Row:
     """Figures of one player, or of the whole step.
 
     Attributes:
-        predicted_decrease: How much the quadratic model of the cost says the mean cost per sample
-            falls (a sum where the criterion sums); None where no model was built.
+        predicted_decrease: How much the quadratic model of the cost says the loss falls that
+            ``backward`` was called on: as the loop weighted what the criterion returned, the sum
+            over accumulated passes, a loss scaler taken back. None where no model was built.
         actual_decrease: The same, measured by running the batch again; the total's alone, and
             None where it was not measured, or could not be because the loop did more to the
             model's output than view it before it called the criterion.
@@ -70,18 +71,28 @@ class Diagnostics:
 
 @dataclass
 class Ledger:
-    """The few tensors of a step from which :class:`Diagnostics` is computed on demand."""
+    """The few tensors of a step from which :class:`Diagnostics` is computed on demand.
+
+    Attributes:
+        names: The players'.
+        reports: What their movers say of M.
+        feedback: Per player and batch, as in :class:`~ocnopt.control.turns.Turn`.
+        path: After every player's move, how far the cost directions have moved, per batch.
+        terminal: v, K and the samples' weight, per batch.
+        unit: What the predicted decrease is multiplied by, to be in units of the loop's loss.
+        actual: The actual decrease, where it was measured.
+    """
 
     names: list[str]
     reports: list[dict[str, float]]
     feedback: list[list[tuple[Tensor, ...] | None]]
     path: list[list[Tensor | None]]
     terminal: list[tuple[Tensor, Tensor, Tensor | float]]
-    mean: bool
+    unit: float = 1.0
     actual: float | None = None
 
     @classmethod
-    def of(cls, sweep: Sweep, reports: list[dict[str, float]], mean: bool) -> Ledger:
+    def of(cls, sweep: Sweep, reports: list[dict[str, float]], unit: float) -> Ledger:
         """Keep what is small of a finished sweep."""
         return cls(
             [turn.player.name or "(model)" for turn in sweep.turns],
@@ -89,7 +100,7 @@ class Ledger:
             [turn.feedback for turn in sweep.turns],
             sweep.path,
             [_terminal(batch) for batch in sweep.batches],
-            mean,
+            unit,
         )
 
     def read(self) -> Diagnostics:
@@ -125,12 +136,9 @@ class Ledger:
         return Diagnostics(total, rows)
 
     def _decrease(self, rho: list[Tensor | None]) -> float:
-        """``- sum_i w_i (v_T . rho + rho^T K_T rho / 2)`` with weights that add to one."""
+        """``- sum_i w_i (v_T . rho + rho^T K_T rho / 2)`` with the weights of the loop's loss."""
         fall = 0.0
-        weights = 0.0
         for moved, (v, k, weight) in zip(rho, self.terminal, strict=True):
-            w = torch.as_tensor(weight, dtype=v.dtype, device=v.device).expand(v.shape[0])
-            weights += float(w.sum())
             if moved is None:
                 continue
             if v.dim() == 1:
@@ -138,8 +146,8 @@ class Ledger:
             else:
                 curved = (k @ moved.unsqueeze(-1)).squeeze(-1)
                 change = (v * moved).sum(-1) + 0.5 * (moved * curved).sum(-1)
-            fall -= float((w * change).sum())
-        return fall / weights if self.mean and weights else fall
+            fall -= float((weight * change).sum())
+        return fall * self.unit
 
     @staticmethod
     def _shares(feedback: list[tuple[Tensor, ...] | None]) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from ocnopt.optim.base import ModelOptimizer
 from ocnopt.optim.feedback_options import require_feedback_options
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import mean_over, processes, sum_over
-from ocnopt.optim.rescaling import measure_scales, unscaling
+from ocnopt.optim.rescaling import loss_unit, measure_scales, unscaling
 from ocnopt.optim.second_pass import actual_decrease, nonlinear_rollout
 
 __all__ = ["FeedbackOptimizer"]
@@ -220,9 +220,11 @@ class FeedbackOptimizer(ModelOptimizer):
         self._ledger = None
         if sweep is not None:
             reports = [turn.mover.report for turn in turns]
-            self._ledger = Ledger.of(sweep, reports, self.reduction == "mean")
-        if measured and passes and self._ledger is not None and self.criterion is not None:
-            self._ledger.actual = actual_decrease(self.model, self.criterion, passes)
+            unit = loss_unit(turns[0].mover.scale, batches)
+            self._ledger = Ledger.of(sweep, reports, unit)
+            if measured and passes and self.criterion is not None:
+                actual = actual_decrease(self.model, self.criterion, passes)
+                self._ledger.actual = None if actual is None else actual * unit / processes()
 
     def _sweep(self, turns: list[Turn], batches: list[Batch]) -> Sweep:
         """The two passes over the turns, in coefficients or with matrices."""

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ocnopt.control.batch import Batch
 from ocnopt.control.record import sample_of
 from ocnopt.control.turns import Turn
 from ocnopt.optim.parallel import mean_over, processes
 
-__all__ = ["measure_scales", "unscaling"]
+__all__ = ["loss_unit", "measure_scales", "unscaling"]
 
 
 def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> None:
@@ -65,6 +66,23 @@ def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> N
         turn.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())
 
 
+def loss_unit(scale: float, batches: Sequence[Batch]) -> float:
+    """What takes the total of recorded costs back to the process's own loss before a loss scaler.
+
+    Args:
+        scale: The factor by which gradients were rescaled.
+        batches: The samples with their weights.
+    """
+    here = processes()
+    factor = unscaling(scale)
+    if factor < 1 and not _whole(scale):
+        # Clipped, too, by an unknown factor; but most loops' weights add to about one.
+        weights = sum(float(torch.as_tensor(b.weight).mean()) * b.samples for b in batches)
+        if weights > 0:
+            factor = min(1.0, max(factor, 2.0 ** -round(math.log2(weights * here))))
+    return factor * here
+
+
 def unscaling(scale: float) -> float:
     """The part of a gradient's rescaling that the curvature has to follow.
 
@@ -74,9 +92,14 @@ def unscaling(scale: float) -> float:
     if scale <= 0:
         return 1.0
     exponent = math.log2(scale)
-    whole = round(exponent)
-    if abs(exponent - whole) < 1e-3:
-        return 2.0**whole
+    if _whole(scale):
+        return 2.0 ** round(exponent)
     # Both at once cannot be told apart: a clip by less than a half is assumed, and that no clip
     # alone goes as far.
     return 2.0 ** math.ceil(exponent) if scale < 2**-8 else 1.0
+
+
+def _whole(scale: float) -> bool:
+    """Whether a factor is a power of two."""
+    exponent = math.log2(scale)
+    return abs(exponent - round(exponent)) < 1e-3

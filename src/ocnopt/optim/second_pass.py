@@ -76,7 +76,10 @@ def _require_stage_order(sweep: Sweep, group: Group, passed: set[Player]) -> Non
 
 
 def actual_decrease(model: nn.Module, criterion: nn.Module, passes: Sequence[Pass]) -> float | None:
-    """By how much the loss fell on the step's own batches, which are run with the new weights.
+    """By how much the loop's loss fell on the step's own batches, run with the new weights.
+
+    What counts is what ``backward`` was called on: every call of the criterion with the factor by
+    which the loop multiplied it, and none that took no part.
 
     Args:
         model: The model.
@@ -84,19 +87,20 @@ def actual_decrease(model: nn.Module, criterion: nn.Module, passes: Sequence[Pas
         passes: What the step was made of.
 
     Returns:
-        The decrease, a mean over the passes; None where the loop did more to the model's output
+        The decrease, a sum over the passes; None where the loop did more to the model's output
         than view it before it called the criterion.
     """
-    before = after = 0.0
+    fall = 0.0
     for recorded in passes:
         if recorded.setting is None or recorded.inputs is None or recorded.forwards != 1:
             return None
         output = run_again(model, recorded.setting, recorded.inputs)
         for call in recorded.calls:
+            if call.scale is None:
+                continue
             seen = as_seen(call.output, recorded.result, output)
             if seen is None:
                 return None
             value = criterion.forward(seen, *call.args, **call.kwargs)
-            before += float(call.loss.sum()) / len(passes)
-            after += float(value.sum()) / len(passes)
-    return before - after
+            fall += float((call.scale * (call.loss - value)).sum())
+    return fall
