@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from decimal import Decimal
 from statistics import fmean
 
 import numpy as np
@@ -140,7 +141,8 @@ def probabilities_by_formula(history, arms, alpha=3.0, beta=256.0):
     rho = [1 / sum(math.exp(-eta * (other - own)) for other in weighted) for own in weighted]
     upper, lower = [], []
     for a in range(arms):
-        rad = (alpha * math.log(t * arms ** (1 / alpha)) / (2 * n[a])) ** 0.5
+        power = Decimal(arms) ** (1 / Decimal(alpha))  # far beyond a float where alpha is small
+        rad = (alpha * float((t * power).ln()) / (2 * n[a])) ** 0.5
         upper.append(min(1, total[a] / n[a] + rad))
         lower.append(max(0, total[a] / n[a] - rad))
     eps = []
@@ -153,7 +155,7 @@ def probabilities_by_formula(history, arms, alpha=3.0, beta=256.0):
 
 
 @pytest.mark.parametrize("arms", [2, 3, 5])
-@pytest.mark.parametrize(("alpha", "beta"), [(3.0, 256.0), (0.5, 1e-3)])
+@pytest.mark.parametrize(("alpha", "beta"), [(3.0, 256.0), (0.5, 1e-3), (1e-3, 1e-3)])
 def test_exp3_plus_plus_has_its_formulas(arms, alpha, beta):
     bandit = Exp3PlusPlus(alpha, beta, seed=arms)
     bandit.start(arms)

@@ -362,7 +362,8 @@ class Exp3PlusPlus(Alignment):
     def _rates(self, t: int) -> list[float]:
         """Exploration rates ``beta ln t / (t D_a^2)``; infinite where no gap is certain."""
         means = [loss / n for loss, n in zip(self._loss, self._played, strict=True)]
-        width = self.alpha * math.log(t * self._arms ** (1 / self.alpha)) / 2
+        # alpha ln(t K^(1/alpha)), without a power that overflows where alpha is small.
+        width = (self.alpha * math.log(t) + math.log(self._arms)) / 2
         radii = [math.sqrt(width / n) for n in self._played]
         both = list(zip(means, radii, strict=True))
         best = min(min(1.0, mean + radius) for mean, radius in both)
