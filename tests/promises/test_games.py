@@ -517,6 +517,22 @@ def test_a_game_that_is_found_late_is_found_under_the_passs_autocast(recwarn):
 # Bandits and their rounds.
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_round_is_worth_the_same_however_large_its_batches_are(reduction, rows):
+    """The loss per sample counts: a smaller batch has a smaller sum, and has won nothing."""
+    model, criterion = net(), nn.CrossEntropyLoss(reduction=reduction)
+    optimizer = dgnopt(model, criterion, alignment=EpsilonGreedy(every=2), lr=0.0)
+    x, y = batch(0)
+    for copies in (4, 1):
+        optimizer.zero_grad()
+        out = model(x.repeat(copies, 1)).repeat_interleave(rows, 0)
+        criterion(out, y.repeat(copies).repeat_interleave(rows)).sum().backward()
+        optimizer.step()
+    (done,) = optimizer.diagnostics.rounds
+    assert done.reward == pytest.approx(0.5, abs=1e-9)
+
+
 @pytest.mark.parametrize("alignment", ["epsilon-greedy", "exp3++", EpsilonGreedy(every=2)])
 def test_a_bandit_that_learns_from_losses_asks_for_the_criterion(alignment):
     with pytest.raises(ocnopt.OptionError, match="give the criterion, or every=None"):

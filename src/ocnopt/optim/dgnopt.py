@@ -298,11 +298,18 @@ class DGNOpt(FeedbackOptimizer):
             self.rounds.after_step(0.0)
 
     def _losses(self) -> list[float]:
-        """Mean losses of the passes that are about to be stepped on."""
+        """Mean losses per sample of the passes that are about to be stepped on."""
         if self.recorder is None:
             return []
         calls = [call for recorded in self.recorder.passes for call in recorded.calls]
-        return [float(call.loss.mean()) for call in calls]
+        # Sums of batches of different sizes cannot be compared.
+        summed = self.reduction == "sum"
+        return [
+            float(call.loss) / max(1, call.rows)
+            if summed and not call.loss.dim()
+            else float(call.loss.mean())
+            for call in calls
+        ]
 
     def _agreed(self, value: float) -> float:
         """The mean over data-parallel processes, which have to choose alike."""
