@@ -49,6 +49,62 @@ def test_a_penalty_on_weights_is_kept_without_autograds_gradients(set_to_none):
     same(*models)
 
 
+def none(model):
+    for p in model.parameters():
+        p.grad = None
+
+
+def zero(model):
+    for p in model.parameters():
+        p.grad.zero_()
+
+
+AWAY = {
+    "model.zero_grad": lambda model: model.zero_grad(),
+    "model.zero_grad in place": lambda model: model.zero_grad(set_to_none=False),
+    "p.grad = None": none,
+    "p.grad.zero_": zero,
+}
+
+
+@pytest.mark.parametrize("optimizer_of", [ocnopt.DDPNOpt, ocnopt.DGNOpt])
+@pytest.mark.parametrize("when", ["before the forward pass", "after it"])
+@pytest.mark.parametrize("how", AWAY)
+def test_a_batch_that_is_thrown_away_has_no_part_in_the_next_step(how, when, optimizer_of):
+    criterion = nn.CrossEntropyLoss()
+    models = []
+    for skipped in (True, False):
+        model = mlp()
+        optimizer = optimizer_of(model, criterion, lr=0.1)
+        if skipped:
+            criterion(model(5 * batch(1)[0]), batch(1)[1]).backward()
+        if skipped and when == "before the forward pass":
+            AWAY[how](model)
+        x, y = batch(0)
+        loss = criterion(model(x), y)
+        if skipped and when == "after it":
+            AWAY[how](model)
+        loss.backward()
+        optimizer.step()
+        models.append(model)
+    same(*models, tolerance=0)
+
+
+def test_accumulated_gradients_of_zero_are_not_thrown_away():
+    """A pass counts though its gradient is zero: its samples are among those of the mean."""
+    criterion = ocnopt.Criterion(lambda out, y: (out * y.any()).square().mean())
+    models = []
+    for order in (1, -1):
+        model = mlp()
+        optimizer = ocnopt.DDPNOpt(model, criterion, lr=0.1, preconditioner="ekfac")
+        for y in (torch.zeros(12), torch.ones(12))[::order]:
+            criterion(model(batch(int(y[0]))[0]), y).backward()
+        assert len(optimizer.recorder.passes) == 2
+        optimizer.step()
+        models.append(model)
+    same(*models)
+
+
 def test_one_cycle_moves_adams_betas():
     x, y = batch()
     criterion = nn.CrossEntropyLoss()

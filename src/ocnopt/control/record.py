@@ -74,6 +74,7 @@ class Recorder:
         #: A few entries of every player's gradients, as autograd accumulated them.
         self.samples: dict[Tensor, Tensor] = {}
         self._order = 0
+        self._task = -1
         self._pending: list[list[Use]] = [[] for _ in players]
         self._handles: list[Any] = [
             model.register_forward_pre_hook(ModuleHook(self, "begin"), with_kwargs=True),
@@ -128,18 +129,28 @@ class Recorder:
             self.current.result = output.detach()
 
     def _open(self) -> Pass:
-        # A gradient that was set to None outside zero_grad (a skipped step, model.zero_grad)
-        # no longer holds what the earlier passes put into it.
-        if (
-            self.keep_grad
-            and self.passes
-            and all(param.grad is None for player in self.players for param in player.params)
-        ):
-            self.clear()
+        self._forget_thrown_away()
         if self.current is not None:
             self.current.let_go()
         self.current = Pass()
         return self.current
+
+    def _forget_thrown_away(self) -> None:
+        """Forget passes whose gradients the loop has thrown away: set to None or to zero.
+
+        A skipped batch, ``model.zero_grad``: gradients no longer hold what the passes put there.
+        """
+        if not (self.keep_grad and self.passes):
+            return
+        players = {use.player for recorded in self.passes for use in recorded.received}
+        left = {p: p.grad for player in players for p in player.params if p.grad is not None}
+        # A few entries tell most often; gradients that were zero all along tell nothing.
+        if any(bool(sample_of(p).any()) for p in left):
+            return
+        if left and not any(bool(self.samples[p].any()) for p in left if p in self.samples):
+            return
+        if not any(bool(_values(grad).any()) for grad in left.values()):
+            self.clear()
 
     def hide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """A player's module is about to be called: its weight gradient is ours to form."""
@@ -245,6 +256,9 @@ class Recorder:
         use.owner.let_go()
         use.pending = grad.detach()
         use.task = torch._C._current_graph_task_id()
+        if use.task != self._task:  # a backward pass begins, and has accumulated nothing yet
+            self._task = use.task
+            self._forget_thrown_away()
         self._pending[use.player.index].append(use)
         if not self.keep_grad:
             self._settle(use.player.index)
@@ -299,12 +313,14 @@ class Recorder:
 
 def sample_of(param: Tensor) -> Tensor:
     """At most :data:`SAMPLE` entries of a parameter's gradient, a view where that is possible."""
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        grad = grad.coalesce().values()
-    flat = grad.reshape(-1)
+    assert param.grad is not None
+    flat = _values(param.grad).reshape(-1)
     return flat if flat.numel() <= SAMPLE else flat[:: -(-flat.numel() // SAMPLE)]
+
+
+def _values(grad: Tensor) -> Tensor:
+    """All of a gradient that may not be zero."""
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _remove(handles: list[Any]) -> None:
