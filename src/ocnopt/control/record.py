@@ -21,13 +21,11 @@ from ocnopt.control.hooks import Anchored, GradHook, ModuleHook, Receiver
 from ocnopt.control.passes import Pass, TerminalCall, Use, count_samples
 from ocnopt.control.players import Player
 from ocnopt.control.replay import autocast_now
+from ocnopt.control.sampled import sample_of, values_of
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.errors import RecordingError
 
-__all__ = ["Recorder", "sample_of"]
-
-#: Entries of a gradient that are kept to see how the loop rescaled it.
-SAMPLE = 128
+__all__ = ["Recorder"]
 
 
 class Recorder:
@@ -149,7 +147,7 @@ class Recorder:
             return
         if left and not any(bool(self.samples[p].any()) for p in left if p in self.samples):
             return
-        if not any(bool(_values(grad).any()) for grad in left.values()):
+        if not any(bool(values_of(grad).any()) for grad in left.values()):
             self.clear()
 
     def hide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -265,7 +263,7 @@ class Recorder:
 
     def commit(self, index: int, param: Tensor) -> None:
         """A player's parameter accumulated its gradient: what it received counts."""
-        self.samples[param] = sample_of(param).clone()
+        self.samples[param] = sample_of(param)
         self._settle(index)
 
     def _settle(self, index: int) -> None:
@@ -309,18 +307,6 @@ class Recorder:
         elif current is not None and current.calls:
             current.let_go()  # its columns are known
         self._pending = [[] for _ in self.players]
-
-
-def sample_of(param: Tensor) -> Tensor:
-    """At most :data:`SAMPLE` entries of a parameter's gradient, a view where that is possible."""
-    assert param.grad is not None
-    flat = _values(param.grad).reshape(-1)
-    return flat if flat.numel() <= SAMPLE else flat[:: -(-flat.numel() // SAMPLE)]
-
-
-def _values(grad: Tensor) -> Tensor:
-    """All of a gradient that may not be zero."""
-    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _remove(handles: list[Any]) -> None:

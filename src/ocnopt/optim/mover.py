@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocnopt.control.hooks import GradHook
 from ocnopt.curvature import Identity, Observation, Preconditioner
 from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric
@@ -52,7 +53,7 @@ class ParamMover:
         self.partial = partial
         self.scale = 1.0
         #: Whether the loop, or a hook of a parameter, did more than rescale the gradient.
-        self.edited = any(p._backward_hooks for p in params)
+        self.edited = any(map(_hooked, params))
         self.report: dict[str, float] = {}
         self._metric: Metric | None = None
         self._seen: Observation | None = None
@@ -86,7 +87,7 @@ class ParamMover:
 
     def masked(self, d: Params) -> Params:
         """The direction without the entries that the loop has set to zero in the gradient."""
-        if not self.edited or self._base is None:
+        if not self.edited or self.partial or self._base is None:
             return d
         return tuple(part.masked_fill(g == 0, 0) for part, g in zip(d, self._base, strict=True))
 
@@ -187,6 +188,8 @@ class ParamMover:
 
     def finish(self, u: Params) -> Params:
         """The parameters' change for ``u = M^-1 d``; momentum is updated."""
+        if self.preconditioner.factored:
+            u = self.masked(u)  # M^-1 mixes entries
         if not self.preconditioner.decay_first:
             u = self._decayed(u)
         own = not self.plain  # else it may be the gradient itself
@@ -199,3 +202,9 @@ class ParamMover:
                 state["momentum_buffer"] = part
             out.append(part.mul_(-rate) if own and not momentum else part * -rate)
         return tuple(out)
+
+
+def _hooked(p: Tensor) -> bool:
+    """Whether a hook that is not ours may have changed the gradient before it was looked at."""
+    after = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    return bool(p._backward_hooks) or any(not isinstance(h, GradHook) for h in after.values())

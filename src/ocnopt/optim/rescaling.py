@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.control.batch import Batch
-from ocnopt.control.record import sample_of
+from ocnopt.control.sampled import sample_of
 from ocnopt.control.turns import Turn
 from ocnopt.optim.parallel import mean_over, processes
 
@@ -19,7 +19,8 @@ __all__ = ["loss_unit", "measure_scales", "unscaling"]
 def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> None:
     """Set every mover's scale: the factor by which clipping or unscaling changed its gradient.
 
-    A change that is no common factor (a mask, a clip by value) marks the mover as edited.
+    A change that is no common factor (a mask, a clip by value) marks the mover as edited, where it
+    is seen: one of a twentieth of the entries escapes with a chance of one in half a million.
 
     The recorded signals know nothing of it, so a few entries of every gradient are compared with
     what autograd made them.
@@ -43,27 +44,37 @@ def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> N
     elif torch.equal(before, after):
         return
     sizes = [made.numel() for _, made, _ in pairs]
+    rounding = max(torch.finfo(made.dtype).eps for _, made, _ in pairs)
     before, after = before.double(), after.double()
-    products = [float(x.sum()) for x in (before * after).split(sizes)]
-    squares = [float(x.sum()) for x in (before * before).split(sizes)]
-    total = sum(squares)
-    common = sum(products) / total if total > 0 else 1.0
+    squares = before * before
+    # A mask has the factor of what it leaves.
+    kinds = (before * after, squares * (after != 0), squares)
+    sums = torch.stack([torch.stack([x.sum() for x in kind.split(sizes)]) for kind in kinds], 1)
+    common = _factor(sums.sum(0).tolist(), 1.0)
     factors: dict[int, list[float]] = {}
-    for (turn, _, _), product, square in zip(pairs, products, squares, strict=True):
-        both = factors.setdefault(id(turn), [0.0, 0.0])
-        both[0] += product
-        both[1] += square
+    for (turn, _, _), found in zip(pairs, sums.tolist(), strict=True):
+        known = factors.get(id(turn), [0.0, 0.0, 0.0])
+        factors[id(turn)] = [a + b for a, b in zip(known, found, strict=True)]
     for turn in turns:
-        product, square = factors.get(id(turn), (0.0, 0.0))
-        own = product / square if square > 0 else common
+        own = _factor(factors.get(id(turn), [0.0, 0.0, 0.0]), common)
         # Rounding apart, clipping and unscaling have one factor for all players.
-        close = abs(own - common) <= 1e-3 * abs(common)
+        close = abs(own - common) <= max(1e-3, rounding) * abs(common)
         scale = common if close else own
         # What is not finite is no rescaling: the update will say which gradient it is.
         turn.mover.scale = scale if math.isfinite(scale) else 1.0
-    for (turn, _, now), old in zip(pairs, before.split(sizes), strict=True):
-        rest = now.double() - turn.mover.scale * old
-        turn.mover.edited |= float(rest.abs().max()) > 1e-2 * float(now.abs().max())
+    for (turn, _, _), old, now in zip(pairs, before.split(sizes), after.split(sizes), strict=True):
+        rest = now - turn.mover.scale * old
+        unlike = rest.abs().max() > max(1e-2, 2 * rounding) * now.abs().max()
+        wiped = (now == 0) & (old.abs() > rounding * old.abs().max())
+        turn.mover.edited |= bool(unlike | wiped.any())
+
+
+def _factor(sums: list[float], unknown: float) -> float:
+    """A factor from sums of ``before * after``, of ``before ** 2`` where left, and everywhere."""
+    product, left, made = sums
+    if left > 0:
+        return product / left
+    return 0.0 if made > 0 else unknown
 
 
 def loss_unit(scale: float, batches: Sequence[Batch]) -> float:

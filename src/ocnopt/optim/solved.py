@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ocnopt.control.hooks import GradHook
 from ocnopt.control.players import Player, find_solved
-from ocnopt.control.record import sample_of
+from ocnopt.control.sampled import sample_of
 from ocnopt.control.turns import Turn
 from ocnopt.curvature import Identity
 from ocnopt.curvature.kronecker import EKFAC
@@ -79,7 +79,7 @@ class SolvedLayers:
 
     def commit(self, index: int, param: Tensor) -> None:
         """Autograd accumulated a gradient."""
-        self.samples[param] = sample_of(param).clone()
+        self.samples[param] = sample_of(param)
         self.statistics.count(torch._C._current_graph_task_id())
 
     # when factors are wanted
