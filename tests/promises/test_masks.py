@@ -131,6 +131,22 @@ def test_masked_entries_stay_in_a_convolution_and_with_momentum(name):
     assert moved[mask == 1].all()
 
 
+@pytest.mark.parametrize("name", ["identity", "ekfac"])
+def test_a_hook_freezes_nothing_where_autograd_forms_no_gradient(name):
+    """Without ``.grad`` what is there is a penalty's alone: its zeros are no mask."""
+    models = []
+    for hooked in (True, False):
+        model, criterion = net(), nn.CrossEntropyLoss()
+        if hooked:
+            model.one.weight.register_hook(lambda grad: None)
+        optimizer = made_by(ocnopt.DDPNOpt, name, keep_grad=False)(model, criterion)
+        x, y = data(0)
+        (criterion(model(x), y) + model.one.bias.square().sum()).backward()
+        optimizer.step()
+        models.append(model)
+    assert_updates_close(weights(net()), *models, 1e-9)
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (128, 1000), (64, 32, 3, 3), (50000, 8)])
 def test_the_entries_that_are_looked_at_lie_everywhere(shape):
     """A twentieth of the rows or columns, next to each other, has some of them."""

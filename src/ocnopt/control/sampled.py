@@ -31,5 +31,5 @@ def values_of(grad: Tensor) -> Tensor:
 @lru_cache(maxsize=1024)
 def _places(size: int, device: torch.device) -> Tensor:
     """Places by chance: a stride may meet one column alone, and miss a mask of all others."""
-    chance = torch.Generator().manual_seed(0)
-    return torch.randint(size, (SAMPLE,), generator=chance).to(device)
+    chance = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(size, (SAMPLE,), generator=chance, device="cpu").to(device)
