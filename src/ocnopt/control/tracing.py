@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.effects import INPLACE_OPERATORS
 from ocnopt.control.players import Player, Solver
-from ocnopt.control.undisturbed import Inputs, same_result, silent, untouched
+from ocnopt.control.snapshot import Snapshot
+from ocnopt.control.undisturbed import Inputs, same_result, silent, unwatched
 from ocnopt.errors import GraphError
 
 __all__ = ["Traced", "call_key", "trace", "unwrapped"]
@@ -125,13 +126,17 @@ def trace(model: nn.Module, players: list[Player], inputs: Inputs | None) -> Tra
     if inputs is not None:
         ways["torch.export"] = lambda: _exported(model, inputs)
     failures = []
-    with untouched(model), silent():
+    with unwatched(model), silent():
+        snapshot = Snapshot(model)
         for way, make in ways.items():
             try:
-                traced = make()
+                # A forward that stores what it computes would store stand-ins; the tracer stores
+                # constants; and what has no stand-in is written into in earnest.
+                with snapshot:
+                    traced = make()
                 # Exported operations are those of the model with gradients enabled.
                 with torch.set_grad_enabled(traced.spec is not None):
-                    if inputs is None or same_result(model, traced.replay, inputs):
+                    if inputs is None or same_result(model, traced.replay, inputs, snapshot):
                         return traced
                 failures.append(f"{way}: the trace computes something else than the model")
             except Exception as error:  # tracers raise whatever the model's code raises

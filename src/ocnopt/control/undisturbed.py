@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["Inputs", "same_result", "silent", "untouched"]
+from ocnopt.control.snapshot import Snapshot
+
+__all__ = ["Inputs", "same_result", "silent", "unwatched"]
 
 #: Positional and keyword arguments of a call.
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -34,28 +36,25 @@ def silent() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Keep every attribute, and set forward hooks aside: they watch what is no training pass.
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """Set forward hooks aside: they watch what is no training pass.
 
-    A forward that stores what it computes would store stand-ins; the tracer stores constants.
+    Scripted modules are left alone: they take no hooks from outside.
     """
-    kept = [(m, dict(vars(m)), [dict(vars(m)[name]) for name in _TABLES]) for m in model.modules()]
-    for module, attributes, _ in kept:
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            own = [(key, hook) for key, hook in attributes[name].items() if _of_torch(hook)]
-            vars(module)[name] = OrderedDict(own)
+    kept = [
+        (vars(module), name, vars(module)[name])
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name in ("_forward_hooks", "_forward_pre_hooks")
+    ]
+    for attributes, name, hooks in kept:
+        own = [(key, hook) for key, hook in hooks.items() if _of_torch(hook)]
+        attributes[name] = OrderedDict(own)
     try:
         yield
     finally:
-        for module, attributes, tables in kept:
-            for name, table in zip(_TABLES, tables, strict=True):
-                attributes[name].clear()
-                attributes[name].update(table)
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
+        for attributes, name, hooks in kept:
+            attributes[name] = hooks
 
 
 def _of_torch(hook: Any) -> bool:
@@ -64,19 +63,23 @@ def _of_torch(hook: Any) -> bool:
 
 
 def same_result(
-    model: nn.Module, replay: Callable[[tuple[Any, ...], Mapping[str, Any]], Any], inputs: Inputs
+    model: nn.Module,
+    replay: Callable[[tuple[Any, ...], Mapping[str, Any]], Any],
+    inputs: Inputs,
+    snapshot: Snapshot,
 ) -> bool:
-    """Whether something computes what the model computes, on the same random numbers.
+    """Whether something computes what the model computes, from the same state.
 
     Args:
         model: The model, in the mode that it is in.
         replay: Called with positional and keyword arguments.
         inputs: Those of a call.
+        snapshot: Of the model and of random states; each run ends there.
     """
-    with _restored(model):
+    with snapshot:
         args, kwargs = _copied(inputs)
         expected, shape = tree_flatten(model(*args, **kwargs))
-    with _restored(model):
+    with snapshot:
         found, other = tree_flatten(replay(*_copied(inputs)))
     return shape == other and all(_close(a, b) for a, b in zip(expected, found, strict=True))
 
@@ -85,22 +88,6 @@ def _copied(inputs: Inputs) -> Inputs:
     """Copies, for a model may write into its inputs."""
     copied: Inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
     return copied
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back random state and buffers; a buffer that was not written into is not touched."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(list(devices)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, kept in buffers:
-                    # Batch normalization writes without counting a version.
-                    if not torch.equal(buffer, kept):
-                        buffer.copy_(kept)
 
 
 def _close(a: Any, b: Any) -> bool:
