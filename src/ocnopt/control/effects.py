@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["INPLACE_OPERATORS", "Needs", "find_needs", "is_state", "name_of"]
 
@@ -32,6 +33,21 @@ _NEW = tuple(
 _FACTS = frozenset(
     {"size", "dim", "ndim", "shape", "numel", "dtype", "device", "is_floating_point", "stride"}
     | {"requires_grad", "is_cuda", "ndimension", "nelement", "storage_offset", "sym_size"}
+)
+
+
+# Operations made of others in torch, whose schemas do not say whether they return an argument (as
+# ``type_as`` does), and of which it is known that they do not.
+_COMPUTED = frozenset(
+    {"linear", "bilinear", "matmul", "linalg_matmul", "inner", "outer", "square", "embedding_bag"}
+    | {f"conv{n}d" for n in (1, 2, 3)}
+    | {f"conv_transpose{n}d" for n in (1, 2, 3)}
+    | {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)}
+    | {f"{kind}_norm" for kind in ("batch", "layer", "group", "instance", "rms")}
+    | {"softmax", "log_softmax", "relu6", "selu", "prelu", "log_sigmoid", "pad", "where"}
+    | {"concat", "concatenate", "hstack", "vstack", "multiply", "divide", "true_divide"}
+    | {"subtract", "negative", "clip", "max", "min", "std", "var"}
+    | {"scaled_dot_product_attention", "cross_entropy_loss", "nll_loss_nd"}
 )
 
 
@@ -126,13 +142,18 @@ def _overwrites(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
         given = {a.name: value for a, value in zip(arguments, node.args, strict=False)}
         given.update(node.kwargs)
         found = [given.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write]
-        return [x for x in found if isinstance(x, Node)]
+        return _nodes(found)
     found = [node.kwargs.get("out")]
     name = name_of(node)
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or node.target in _WRITING or _asks_inplace(node):
         found += [*node.args, *node.kwargs.values()][:1]
-    return [x for x in found if isinstance(x, Node)]
+    return _nodes(found)
+
+
+def _nodes(arguments: object) -> list[Node]:
+    """The nodes among arguments, those in lists of tensors included."""
+    return [x for x in tree_leaves(arguments) if isinstance(x, Node)]
 
 
 _WRITING = {operator.setitem, *(getattr(operator, name) for name in INPLACE_OPERATORS)}
@@ -162,14 +183,32 @@ def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     name = name_of(node)
     if "dropout" in name:
         return True  # the input itself in evaluation
+    if name.startswith(("unsafe_", "resize")):
+        return True  # views, whatever their schemas say
     if getattr(node.target, "__module__", "") == "_operator":
         return name in ("getitem", "pos")
     if isinstance(node.target, torch._ops.OpOverload):
         schemas = [node.target._schema]
+    elif not str(getattr(node.target, "__module__", None) or "torch").startswith("torch"):
+        return True  # whatever it shares its name with
     else:
         schemas = [
             schema
             for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
             if "out" not in schema.overload_name
         ]
-    return not schemas or any(r.alias_info is not None for s in schemas for r in s.returns)
+    return not schemas or any(_may_return_argument(schema) for schema in schemas)
+
+
+def _may_return_argument(schema: torch._C.FunctionSchema) -> bool:
+    """Whether a result may share memory with an argument; yes where torch does not say."""
+    if any(result.alias_info is not None for result in schema.returns):
+        return True
+    namespace, _, name = schema.name.rpartition("::")
+    if namespace == "aten" and name in _COMPUTED:
+        return False
+    full = f"{schema.name}.{schema.overload_name}".rstrip(".")
+    made_of_others: bool = torch._C._dispatch_has_kernel(
+        full
+    ) and torch._C._dispatch_has_kernel_for_dispatch_key(full, "CompositeImplicitAutograd")
+    return made_of_others
