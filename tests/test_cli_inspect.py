@@ -115,6 +115,12 @@ def test_a_table_for_people(capsys):
     assert "1 branch can be aligned, each by itself in 2 ways" in out
 
 
+def test_ways_that_are_too_many_to_count(capsys, monkeypatch):
+    monkeypatch.setattr("ocnopt.control.placement._WORK", 0)
+    assert run("--network", "residual-cnn", "--widths", "4,6") == 0
+    assert "each by itself in at least 1 ways" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_chain_has_no_places(capsys):
     assert run() == 0
     out = capsys.readouterr().out
@@ -127,6 +133,7 @@ def test_json(capsys):
     words = ["--network", "residual-cnn", "--widths", "4,6", "--norm", "batch"]
     found = looked_at(capsys, *words, "--alignment", "-1")
     assert (found["alignment"], found["alignments"], found["placements"]) == (1, 2, 2)
+    assert found["exact"]
     assert (found["players"], found["idle"], found["unowned"]) == (13, [], [])
     (together,) = [
         stage
@@ -146,6 +153,7 @@ def test_json(capsys):
             "earliest": [3],
             "latest": [4],
             "placements": 2,
+            "exact": True,
         }
     ]
 

@@ -163,6 +163,51 @@ def test_a_chain_beside_a_chain(depth, length):
     assert len(game.branches) == (0 if depth == length else 2)
 
 
+@pytest.mark.parametrize("work", [0, 10, 100, 300])
+def test_counting_that_takes_too_long_ends_with_fewer(work, monkeypatch):
+    """Never more than there are, and said to be no exact number."""
+    monkeypatch.setattr("ocnopt.control.placement._WORK", work)
+    game = find_game(Fused(4, 5))
+    (branch,) = game.branches
+    assert not game.exact
+    assert not branch.exact
+    assert 1 <= game.placements == branch.placements < fused_in(5)
+
+
+class Fused(nn.Module):
+    """Layers side by side whose results are merged in pairs, beside a chain."""
+
+    def __init__(self, count, depth):
+        super().__init__()
+        self.chain = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))
+        self.first = nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+        self.merging = nn.ModuleList(nn.Linear(2, 2) for _ in range(count - 1))
+
+    def forward(self, x):
+        results = [layer(x) for layer in self.first]
+        for layer in self.merging:
+            results.append(layer(results.pop(0) + results.pop(0)))
+        return self.chain(x) + results[0]
+
+
+def test_counting_ends():
+    """The states to count by multiply with every layer that is side by side with others."""
+    game = find_game(Fused(8, 24))
+    assert not game.exact
+    assert game.placements > 1_000_000
+    small = find_game(Fused(4, 5))
+    assert small.exact
+    assert small.placements == fused_in(5)
+
+
+def fused_in(depth):
+    """Ways to place four layers, two behind pairs of them and one behind both, by brute force."""
+    return sum(
+        max(a, b) < e < g and max(c, d) < f < g
+        for a, b, c, d, e, f, g in itertools.product(range(depth), repeat=7)
+    )
+
+
 def test_an_alignment_by_name():
     game = find_game(made("residual projection batch")[0])
     assert game.places({"2.shortcut.0": 4})["2.shortcut.1"] == 4

@@ -78,6 +78,8 @@ class Game:
             every player that can be aligned k stages after its earliest, or at its latest: 0 is
             the earliest alignment, the last index the latest.
         placements: Number of all alignments: every branch for itself.
+        exact: Whether placements is that number. False where counting would take too long: then
+            there are at least as many.
         branches: Players that can be aligned, by groups that do not depend on one another.
     """
 
@@ -107,8 +109,13 @@ class Game:
 
     @property
     def placements(self) -> int:
-        """Number of all alignments: the product over the branches."""
+        """Number of all alignments, the product over the branches; at least, if not exact."""
         return self._placement.placements
+
+    @property
+    def exact(self) -> bool:
+        """Whether placements is the number of all alignments."""
+        return self._placement.exact
 
     @property
     def wiring(self) -> tuple[Vertex, ...]:

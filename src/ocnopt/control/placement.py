@@ -16,6 +16,10 @@ from ocnopt.control.players import Player
 
 __all__ = ["Act", "Branch", "Placement"]
 
+#: Work of counting one branch's placements, in places looked at: a second or so. The number of
+#: states to count by grows exponentially with the layers that are side by side.
+_WORK = 5_000_000
+
 
 @dataclass(frozen=True)
 class Act:
@@ -56,12 +60,15 @@ class Branch:
         earliest: First coarse stage of each.
         latest: Last coarse stage of each.
         placements: Number of ways to place them that keep their order.
+        exact: Whether that is all of them. False where counting would take too long: then there
+            are at least as many.
     """
 
     players: tuple[Player, ...]
     earliest: tuple[int, ...]
     latest: tuple[int, ...]
     placements: int
+    exact: bool = True
 
 
 class Placement:
@@ -148,15 +155,20 @@ class Placement:
                         tuple(p for u in acts for p in self.acts[u].players),
                         tuple(self.earliest[u] for u in acts for _ in self.acts[u].players),
                         tuple(self.latest[u] for u in acts for _ in self.acts[u].players),
-                        self._count(acts, binding),
+                        *self._count(acts, binding),
                     )
                 )
         return tuple(branches)
 
     @property
     def placements(self) -> int:
-        """Number of all placements that keep the order."""
+        """Number of all placements that keep the order; at least, where it is not exact."""
         return math.prod(branch.placements for branch in self.branches)
+
+    @property
+    def exact(self) -> bool:
+        """Whether placements are all that there are."""
+        return all(branch.exact for branch in self.branches)
 
     def _binding(self) -> dict[int, dict[int, int]]:
         """For each act that can be aligned, those others that limit where it goes, with steps."""
@@ -178,11 +190,14 @@ class Placement:
             if slack
         }
 
-    def _count(self, acts: Sequence[int], binding: Mapping[int, Mapping[int, int]]) -> int:
-        """Count the ways to place a group.
+    def _count(
+        self, acts: Sequence[int], binding: Mapping[int, Mapping[int, int]]
+    ) -> tuple[int, bool]:
+        """Count the ways to place a group, and say whether those are all.
 
         Act by act; all that matters of those already placed is the earliest place that they leave
-        to those that follow.
+        to those that follow. Whatever the places so far, the rest can follow; so where this takes
+        too long, the ways to place some of the acts are no more than those to place all.
         """
         position = {v: i for i, v in enumerate(acts)}
         after: list[list[tuple[int, int]]] = [[] for _ in acts]
@@ -190,7 +205,11 @@ class Placement:
             for u, step in binding[v].items():
                 after[position[u]].append((position[v], step))
         states = {tuple(self.earliest[v] for v in acts): 1}
+        work = 0
         for i, v in enumerate(acts):
+            work += len(states) * (1 + self.slack[v]) * (len(acts) - i)
+            if work > _WORK:
+                return sum(states.values()), False
             following: dict[tuple[int, ...], int] = {}
             for bounds, ways in states.items():
                 for place in range(bounds[0], self.latest[v] + 1):
@@ -200,4 +219,4 @@ class Placement:
                     key = tuple(new)
                     following[key] = following.get(key, 0) + ways
             states = following
-        return sum(states.values())
+        return sum(states.values()), True

@@ -82,6 +82,7 @@ class Inspection:
             "alignment": self.alignment,
             "alignments": game.alignments,
             "placements": game.placements,
+            "exact": game.exact,
             "stages": stages,
             "branches": [
                 {
@@ -89,6 +90,7 @@ class Inspection:
                     "earliest": list(branch.earliest),
                     "latest": list(branch.latest),
                     "placements": branch.placements,
+                    "exact": branch.exact,
                 }
                 for branch in game.branches
             ],

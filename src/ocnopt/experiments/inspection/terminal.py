@@ -53,10 +53,11 @@ def summary(seen: Inspection) -> list[str]:
     if game.alignments == 1:
         lines.append("one alignment: no player can act anywhere else")
     else:
+        ways = f"{'' if game.exact else 'at least '}{game.placements:,} ways"
         branches = _count(len(game.branches), "branch", "branches")
         lines += [
             f"alignment {seen.alignment} of 0 to {game.alignments - 1}, earliest to latest; "
-            f"{branches} can be aligned, each by itself in {game.placements:,} ways in all",
+            f"{branches} can be aligned, each by itself in {ways} in all",
             "place: how many layers come before, and in brackets where else the player may act",
         ]
     if game.idle:
