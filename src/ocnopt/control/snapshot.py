@@ -105,11 +105,11 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value
-    own = getattr(value, "__dict__", None)
-    # Classes have no dict of this type; what torch keeps in objects of its own are caches.
-    foreign = isinstance(value, nn.Module) or not type(value).__module__.startswith("torch.")
-    if isinstance(own, dict) and foreign and not isinstance(value, ModuleType):
-        yield own
+    attributes = getattr(value, "__dict__", None)
+    # Torch's own objects keep caches; a Python module leads everywhere. Classes have no dict here.
+    own = type(value).__module__.startswith("torch.") and not isinstance(value, nn.Module)
+    if isinstance(attributes, dict) and not own and not isinstance(value, ModuleType):
+        yield attributes
 
 
 def _plain(x: Tensor) -> bool:
