@@ -22,12 +22,16 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with Python's numbers in place of others, as checkpoints are to be plain values.
 
     Args:
-        options: By name; what is no number stays as it is.
+        options: By name, mappings and tuples of them included; what is no number stays as it is.
     """
     return {name: _plain(value) for name, value in options.items()}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return plain(value)
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
     if not is_real(value):
         return value
     return int(value) if isinstance(value, Integral) else float(value)

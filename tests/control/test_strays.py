@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ocnopt
-from ocnopt.control.turns import Group, with_strays
+from ocnopt.control.turns import with_strays
 
 
 class Mode(nn.Module):
@@ -61,10 +61,6 @@ def test_they_act_in_the_order_of_calls_and_coverage_says_so(build, given):
     assert list(optimizer.diagnostics.players)[-1] == "head"
 
 
-def grouped(*stages):
-    return [Group([turns[name] for name in stage]) for stage in stages]
-
-
 class Named:
     def __init__(self, name):
         self.name = name
@@ -77,12 +73,53 @@ turns = {name: Named(name) for name in "abcdef"}
     ("stages", "calls", "wanted"),
     [
         (["a", "c"], "abc", ["a", "b", "c"]),
-        (["ac", "d"], "abcd", ["a", "b", "c", "d"]),  # no place for b: a stage each
+        (["ac", "d"], "abcd", ["a", "b", "c", "d"]),
         (["b"], "abc", ["a", "b", "c"]),
         (["a", "bd", "e"], "abdcef", ["a", "bd", "c", "e", "f"]),
         (["c", "a"], "abc", ["a", "b", "c"]),
+        (["ad", "ef"], "abcdef", ["a", "b", "c", "d", "ef"]),
     ],
 )
 def test_a_place_for_every_stray(stages, calls, wanted):
-    found = with_strays(grouped(*stages), [turns[name] for name in calls])
-    assert ["".join(t.name for t in group.turns) for group in found] == wanted
+    given = [[turns[name] for name in stage] for stage in stages]
+    found = with_strays(given, [turns[name] for name in calls])
+    assert ["".join(t.name for t in stage) for stage in found] == wanted
+
+
+class Shortcut(nn.Module):
+    """Two blocks; a layer that is switched on later parts the players of the first one's stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.extra = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.short, self.c1, self.c2 = (nn.Linear(8, 8) for _ in range(3))
+        self.short2, self.d1, self.d2 = (nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+        self.on = False
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        beside, x = self.short(x), torch.tanh(self.c1(x))
+        x = torch.tanh(self.extra(x)) if self.on else x
+        x = torch.tanh(self.c2(x) + beside)
+        x = torch.tanh(self.d2(torch.tanh(self.d1(x))) + self.short2(x))
+        return self.head(x)
+
+
+def test_only_the_stage_in_the_way_is_parted_and_coverage_says_so():
+    torch.manual_seed(0)
+    model, criterion = Shortcut().double(), nn.CrossEntropyLoss()
+    optimizer = ocnopt.DGNOpt(model, criterion, lr=0.1, preconditioner="kfac")
+    for on in (False, True):
+        model.on = on
+        optimizer.zero_grad()
+        criterion(model(torch.randn(12, 6).double()), torch.arange(12) % 3).backward()
+        optimizer.step()
+        reasons = {row.module: row.reason for row in optimizer.coverage()}
+        assert "alone" not in reasons["d2"]
+        assert "alone" not in reasons["short2"]
+        assert ("'extra' not in the game" in reasons["short"]) == on
+        assert ("'extra' not in the game" in reasons["c2"]) == on
+    assert "was not called when the game was found" in reasons["extra"]
+    order = list(optimizer.diagnostics.players)
+    assert order.index("short") < order.index("extra") < order.index("c2")

@@ -119,12 +119,12 @@ BLOCKS = {"network": "residual-fcn", "widths": (6, 6, 4), "activation": "tanh"}
 
 
 # What coupled players' Gram numbers leave out below a tolerance is chosen for all seeds at once.
-EXACT_EKFAC = {"name": "ekfac", "gram_tolerance": 0.0}
+EXACT_KFAC, EXACT_EKFAC = ({"name": name, "gram_tolerance": 0.0} for name in ("kfac", "ekfac"))
 GAMES = {
     "dgnopt open loop": ("dgnopt", 0.05, {"information": "open-loop"}),
     "dgnopt feedback": ("dgnopt", 0.05, {"information": "feedback", "preconditioner": "kfac"}),
     "dgnopt rmsprop": ("dgnopt", 0.01, {"preconditioner": "rmsprop", "alignment": "early"}),
-    "dgnopt kfac": ("dgnopt", 0.05, {"preconditioner": "kfac", "alignment": "random"}),
+    "dgnopt kfac": ("dgnopt", 0.05, {"preconditioner": EXACT_KFAC, "alignment": "random"}),
     "dgnopt ekfac": ("dgnopt", 0.05, {"preconditioner": EXACT_EKFAC, "alignment": 0}),
 }
 

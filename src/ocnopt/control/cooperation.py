@@ -39,17 +39,18 @@ class Joined:
 
     Attributes:
         made_of: The factors.
-        frames: The members' coordinates.
+        frames: The members' coordinates, where these stay so long: an eigenbasis does, but its
+            eigenvalues are corrected at every step.
         coupling: Between them.
         coarse: The same for Gram numbers; None where they need none.
-        directions: The members', in which it is.
+        directions: The members', in which it is; None for one who is not in it.
     """
 
     made_of: tuple[Tensor, ...]
-    frames: list[Frame]
+    frames: list[Frame] | None
     coupling: Coupling
     coarse: Coarse | None
-    directions: list[Directions]
+    directions: list[Directions | None]
 
 
 #: By the members' names.
@@ -70,7 +71,7 @@ class Cooperation:
         self.frames: list[Frame] = []
         self.coupling: Coupling | None = None
         self.coarse: Coarse | None = None
-        self.directions: list[Directions] = []
+        self.directions: list[Directions | None] = []
         self.tolerance = 0.0
 
     def observe(self, moments: Moments) -> None:
@@ -100,9 +101,7 @@ class Cooperation:
         made_of = (*own, *(tensor for cross in crosses.values() for tensor in (cross.a, cross.b)))
         known = self.known.get(names)
         if known is not None and _same(known.made_of, made_of):
-            # An eigenbasis stays, but its eigenvalues are corrected at every step.
-            frames = known.frames
-            self.frames = frames if _separable(frames) else [_frame(t, rule) for t in self.turns]
+            self.frames = known.frames or [_frame(turn, rule) for turn in self.turns]
             self.coupling, self.coarse = known.coupling, known.coarse
             self.directions = known.directions
             return
@@ -115,11 +114,10 @@ class Cooperation:
         self.coarse = coarse(self.coupling, rule.gram_tolerance)
         if self.coarse is not None:
             both = zip(self.frames, self.coarse.bases, strict=True)
-            self.directions = [frame.directions(*bases) for frame, bases in both]
+            self.directions = [bases and frame.directions(*bases) for frame, bases in both]
         self._count(self.coupling.failures)
-        self.known[names] = Joined(
-            made_of, self.frames, self.coupling, self.coarse, self.directions
-        )
+        stay = self.frames if _separable(self.frames) else None
+        self.known[names] = Joined(made_of, stay, self.coupling, self.coarse, self.directions)
 
     def _correlation(self, n: int, m: int, cross: Cross | None) -> Correlation:
         """Zero where the two have not met."""
@@ -186,7 +184,8 @@ class Cooperation:
             a, columns = trace.features[0], trace.columns[0]
             own = layer.gram(a, columns, turn.metric)
             total = own if total is None else total + own
-            seen.append(frame.outer_seen(turn.metric, layer, a, columns, where))
+            if where is not None:
+                seen.append(frame.outer_seen(turn.metric, layer, a, columns, where))
         assert total is not None
         added = self.coarse.coupling.added(seen).movedim(0, 1).reshape(total.shape)
         out: Tensor = total + added.to(total.dtype) * self._rate
@@ -208,10 +207,18 @@ class Cooperation:
             for turn, trace, frame, where in members:
                 assert turn.metric is not None
                 factors = trace.factors(part)
+                gradients = trace.sample_columns(part) if factors is None else ()
+                if where is None:
+                    metric = turn.metric
+                    own.append(
+                        metric.sample_gram(gradients)
+                        if factors is None
+                        else metric.factor_gram(*factors)
+                    )
+                    continue
                 if factors is not None:
                     gram, z = frame.gram_and_seen_factors(turn.metric, *factors, where)
                 else:
-                    gradients = trace.sample_columns(part)
                     gram, z = frame.gram_and_seen(turn.metric, gradients, where)
                 own.append(gram)
                 seen.append(z)

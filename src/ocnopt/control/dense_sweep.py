@@ -32,6 +32,7 @@ class DenseSweep(Sweep):
         value_reg: Tikhonov term epsilon on V_xx at every player's input (line 12).
         order: Expansion of the dynamics: 1, or 2 with the terms of Eq. 26.
         to_input: Whether V_x and V_xx at the first player's input are asked for.
+        step: The optimizer's steps before this one.
         others: As in :class:`Sweep`.
     """
 
@@ -47,8 +48,10 @@ class DenseSweep(Sweep):
         value_reg: float = 0.0,
         order: int = 1,
         to_input: bool = False,
+        step: int | None = None,
     ) -> None:
         super().__init__(turns, list(batches), rule, rollout, *others)  # type: ignore[arg-type]
+        self.step = step
         self.value_reg = value_reg
         self.order = order
         self.to_input = to_input

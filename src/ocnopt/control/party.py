@@ -48,7 +48,7 @@ def _lone(turn: Turn, batches: Sequence[Batch]) -> str:
     if not isinstance(turn.mover.preconditioner, Factored):
         return "acts alone: M has no blocks between players (only a Kronecker M has)"
     traces = [trace for batch in batches if (trace := batch.traces.get(turn.player)) is not None]
-    if any(len(trace.inputs) > 1 for trace in traces):
+    if any(trace.calls > 1 for trace in traces):
         return "acts alone: it is called several times in a pass"
     return ""
 

@@ -60,7 +60,7 @@ class Use:
         order: Position among all recorded calls.
         rows: First dimension of the output; 0 where the call had no batch dimension.
         dims: Dimensions of the output.
-        capture: What the layer kind kept of the call.
+        capture: What the layer kind kept of the call; let go, an empty tuple, with the signal.
         signal: dL/dh, back-propagated from the loss as it was scaled; shape of h.
         columns: Back-propagated columns of the terminal Hessian's factor, unscaled.
         gradients: Weight gradients of every row, formed as the signal arrived where they take less
@@ -120,6 +120,11 @@ class Use:
                 "pass; use an out-of-place operation there, or call step() before the change"
             )
 
+    def forget(self) -> None:
+        """Let go of what has arrived: it was thrown away."""
+        self.signal = self.gradients = None
+        self.locations = 0
+
     def accept(self, signal: Tensor, compact: bool) -> bool:
         """Keep a signal, or the weight gradients it makes.
 
@@ -131,6 +136,11 @@ class Use:
             Whether this was the first.
         """
         first = self.signal is None and self.gradients is None
+        if not self.capture:
+            raise RecordingError(
+                f"another gradient reached layer {self.player.name!r} after its graph was let go; "
+                "call the first backward() with retain_graph=True"
+            )
         if compact and self.rows:
             layer, dtype = self.player.layer, self.player.params[0].dtype
             with torch.no_grad():
@@ -142,6 +152,8 @@ class Use:
                     known = self.gradients
                     self.gradients = formed if known is None else add_all([known, formed])
                     self.locations = layer.cols(g).shape[1] if layer.kronecker else 0
+                    if not torch._C._autograd._get_current_graph_task_keep_graph():
+                        self.capture = ()  # nothing more can arrive
                     return first
         self.signal = signal if self.signal is None else self.signal + signal
         return first
@@ -205,6 +217,12 @@ class Pass:
         self.edges = []
         if self.tape is not None:
             self.tape.new_edges = []
+
+    def forget(self) -> None:
+        """Take back what backward passes have brought: another may come."""
+        for use in self.received:
+            use.forget()
+        self.received, self.tasks, self.whole = [], set(), None
 
     def settle(self) -> None:
         """Add up what the backward passes that count have brought."""

@@ -127,7 +127,9 @@ class Recorder:
             self.current.result = output.detach()
 
     def _open(self) -> Pass:
-        self._forget_thrown_away()
+        # Gradients set to None are seen at once: the next pass needs the room.
+        if all(param.grad is None for player in self.players for param in player.params):
+            self._forget_thrown_away()
         if self.current is not None:
             self.current.let_go()
         self.current = Pass()
@@ -143,12 +145,12 @@ class Recorder:
         players = {use.player for recorded in self.passes for use in recorded.received}
         left = {p: p.grad for player in players for p in player.params if p.grad is not None}
         # A few entries tell most often; gradients that were zero all along tell nothing.
-        if any(bool(sample_of(p).any()) for p in left):
+        if left and _any([sample_of(p) for p in left]):
             return
-        if left and not any(bool(self.samples[p].any()) for p in left if p in self.samples):
+        if left and not _any([self.samples[p] for p in left if p in self.samples]):
             return
         if not any(bool(values_of(grad).any()) for grad in left.values()):
-            self.clear()
+            self.forget()
 
     def hide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         """A player's module is about to be called: its weight gradient is ours to form."""
@@ -297,6 +299,12 @@ class Recorder:
             recorded.settle()
         return taken
 
+    def forget(self) -> None:
+        """As :meth:`clear`, of passes that a graph that was kept may bring gradients to again."""
+        for recorded in self.passes:
+            recorded.forget()
+        self.clear()
+
     def clear(self) -> None:
         """Forget every pass that was differentiated; one that is under way goes on."""
         self.passes = []
@@ -307,6 +315,11 @@ class Recorder:
         elif current is not None and current.calls:
             current.let_go()  # its columns are known
         self._pending = [[] for _ in self.players]
+
+
+def _any(samples: list[Tensor]) -> bool:
+    """Whether any entry is not zero, asked once: a device would be waited for every time."""
+    return bool(samples) and bool(torch.stack([x.any() for x in samples]).any())
 
 
 def _remove(handles: list[Any]) -> None:

@@ -48,7 +48,8 @@ class Trace:
         self.samples = samples
         self.dtype = dtype
         work = player.params[0].dtype
-        self.inputs = [use.capture[0] for use in uses]
+        self.calls = len(uses)
+        self.inputs = [use.capture[0] for use in uses if use.capture]
         self.features: list[Tensor] = []
         self.columns: list[Tensor] = []
         self.folds: list[int] = []

@@ -141,28 +141,26 @@ class Group:
     parties: list[Party] = field(default_factory=list)
 
 
-def with_strays(groups: list[Group], turns: list[Turn]) -> list[Group]:
+def with_strays(stages: list[list[Turn]], turns: list[Turn]) -> list[list[Turn]]:
     """Stages, with turns that have none put between them by the order of their calls.
 
-    Args:
-        groups: Turns by stage.
-        turns: All turns, in the order of their first calls.
+    Whoever was called before such a turn acts before it, in a stage of its own if its place was
+    later; whoever was called after it acts after it.
 
-    Returns:
-        The stages, and one more for every turn that had none. Where stages are in another order
-        than calls, so that there is no place for it, every turn has a stage of its own.
+    Args:
+        stages: Turns by stage.
+        turns: All turns, in the order of their first calls.
     """
     called = {id(turn): place for place, turn in enumerate(turns)}
-    placed = list(groups)
-    known = {id(turn) for group in groups for turn in group.turns}
+    placed = [list(stage) for stage in stages]
+    known = {id(turn) for stage in stages for turn in stage}
     for turn in turns:
         if id(turn) in known:
             continue
         now = called[id(turn)]
-        before = [any(called[id(t)] < now for t in group.turns) for group in placed]
-        after = [any(called[id(t)] > now for t in group.turns) for group in placed]
-        place = after.index(True) if True in after else len(placed)
-        if True in before[place:]:
-            return [Group([t]) for t in turns]
-        placed.insert(place, Group([turn]))
+        follows = [any(called[id(t)] > now for t in stage) for stage in placed]
+        place = follows.index(True) if True in follows else len(placed)
+        earlier = [t for stage in placed[place:] for t in stage if called[id(t)] < now]
+        rest = [[t for t in stage if called[id(t)] > now] for stage in placed[place:]]
+        placed[place:] = [[t] for t in (*earlier, turn)] + [stage for stage in rest if stage]
     return placed

@@ -28,11 +28,11 @@ class Coarse:
 
     Attributes:
         bases: Every player's: orthonormal columns of its outputs, (groups, out, s), and of its
-            inputs, (groups, in, r).
-        coupling: Between players' matrices (..., groups, s, r).
+            inputs, (groups, in, r). None for a player who has nothing in common with the others.
+        coupling: Between the others' matrices (..., groups, s, r).
     """
 
-    bases: list[tuple[Tensor, Tensor]]
+    bases: list[tuple[Tensor, Tensor] | None]
     coupling: Coupling
 
 
@@ -60,7 +60,7 @@ def _of_pair(pair: Pair, tolerance: float) -> Coarse | None:
         return None
     groups, out, inputs = pair.c.shape
     like = pair.c.new_empty(groups)
-    bases = [
+    bases: list[tuple[Tensor, Tensor] | None] = [
         (_chosen(b, out, rows, like), _chosen(a, inputs, columns, like))
         for b, a in ((pair.b_left, pair.a_left), (pair.b_right, pair.a_right))
     ]
@@ -83,17 +83,19 @@ def _of_many(correlations: Correlations, players: int, tolerance: float) -> Coar
                 sides[player], (between.b, between.a), (of_a, of_b), strict=True
             ):
                 kept.append((side.mT if turned and side.dim() > 2 else side) * weight)
-    bases = [(_reached(b, share), _reached(a, share)) for b, a in sides]
-    if not all(columns.shape[-1] for both in bases for columns in both):
+    found = [(_reached(b, share), _reached(a, share)) for b, a in sides]
+    left = {n: both for n, both in enumerate(found) if all(x.shape[-1] for x in both)}
+    if len(left) < 2:
         return None
+    place = {n: i for i, n in enumerate(left)}
     small = {
-        (n, m): Correlation(
-            _seen(bases[n][1], between.a, bases[m][1]),
-            _seen(bases[n][0], between.b, bases[m][0]),
+        (place[n], place[m]): Correlation(
+            _seen(left[n][1], between.a, left[m][1]), _seen(left[n][0], between.b, left[m][0])
         )
         for (n, m), between in correlations.items()
+        if n in left and m in left
     }
-    return Coarse(bases, couple(small, players, tolerance))
+    return Coarse([left.get(n) for n in range(players)], couple(small, len(left), tolerance))
 
 
 def _reached(sides: Sequence[Tensor], share: float) -> Tensor:

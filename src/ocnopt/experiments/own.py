@@ -18,8 +18,8 @@ __all__ = ["find", "theirs", "told"]
 
 #: Where code is not the user's: in libraries, in this package, and in what no file holds.
 _NOT_THEIRS = (
-    *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")),
-    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).parents[1]) + os.sep,
     "<",
 )
 

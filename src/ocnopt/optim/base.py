@@ -199,7 +199,7 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
         """Reset gradients, and forget the passes that made them."""
         super().zero_grad(set_to_none)
         if self.recorder is not None:
-            self.recorder.clear()
+            self.recorder.forget()
 
     def detach(self) -> None:
         """Take every hook off the model; the optimizer cannot step with feedback after that."""

@@ -256,13 +256,15 @@ class DGNOpt(FeedbackOptimizer):
         here = {turn.player.name: turn for turn in turns}
         groups = []
         self._alone = {}
-        for stage in self.game.stages(self.rounds.alignment.arm):
-            mine = [here.pop(p.name) for p in stage.players if p.name in here]
-            if not mine:
-                continue
-            group = Group(mine)
-            if self.information == "group-rational" and len(mine) > 1:
-                found, alone = parties(mine, batches, self._known)
+        by_game = self.game.stages(self.rounds.alignment.arm)
+        stages = [[here.pop(p.name) for p in s.players if p.name in here] for s in by_game]
+        stages = [stage for stage in stages if stage]
+        if here:
+            stages = self._with_strays(stages, turns, list(here))
+        for stage in stages:
+            group = Group(stage)
+            if self.information == "group-rational" and len(stage) > 1:
+                found, alone = parties(stage, batches, self._known)
                 group.parties = list(found)
                 self._alone.update(alone)
             groups.append(group)
@@ -271,11 +273,25 @@ class DGNOpt(FeedbackOptimizer):
         # Factors move on while another alignment is played: what was made of them is stale then.
         for names in self._known.keys() - {_names(members) for members in together}:
             del self._known[names]
-        if not here:
-            return groups
-        for turn in here.values():
-            self._alone[turn.player] = "acts alone: it was not called when the game was found"
-        return with_strays(groups, turns)
+        return groups
+
+    def _with_strays(
+        self, stages: list[list[Turn]], turns: list[Turn], strays: list[str]
+    ) -> list[list[Turn]]:
+        """Stages with what the model did not call when its game was found, and why who is alone."""
+        found = with_strays(stages, turns)
+        together = [set(map(id, stage)) for stage in found]
+        parted = {id(t) for stage in stages if set(map(id, stage)) not in together for t in stage}
+        for stage in found:
+            turn = stage[0]
+            if turn.player.name in strays:
+                why = "it was not called when the game was found"
+            elif len(stage) == 1 and id(turn) in parted:
+                why = f"{', '.join(map(repr, strays))} not in the game, called before its stage"
+            else:
+                continue
+            self._alone[turn.player] = f"acts alone: {why}"
+        return found
 
     def _require_own_policies(self, together: list[list[Turn]]) -> None:
         """Raise if policies are to be kept of players who have none but a joint one."""

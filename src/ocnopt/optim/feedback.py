@@ -158,7 +158,7 @@ class FeedbackOptimizer(ModelOptimizer):
         return frozenset(
             player
             for player in self.players
-            if player.params
+            if player.layer.kronecker
             and (group := group_of.get(player.params[0])) is not None
             and self._build(group).due(self.state.get(player.params[0], {}), step)
         )
@@ -258,6 +258,7 @@ class FeedbackOptimizer(ModelOptimizer):
             value_reg=self.value_reg,
             order=self.dynamics_order,
             to_input=self.keep_policy,
+            step=self._clock(),
         )
 
     def _stages(self, turns: list[Turn], batches: list[Batch]) -> list[Group] | None:
