@@ -55,3 +55,13 @@ def test_they_are_taken_wherever_an_option_is_a_number(number):
         ocnopt.EMSA(model, criterion, lr=number, rho=number),
     ):
         assert bool(torch.isfinite(optimizer.step(x, y)))
+
+
+def test_numbers_inside_a_preconditioners_options_are_plain(tmp_path):
+    rule = ocnopt.curvature.KFAC(damping=np.float64(0.1), update_every=np.int64(5))
+    model = torch.nn.Linear(2, 2)
+    optimizer = ocnopt.DDPNOpt(model, torch.nn.CrossEntropyLoss(), lr=0.1, preconditioner=rule)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]
+    assert again["preconditioner"]["update_every"] == 5
+    assert type(again["preconditioner"]["damping"]) is float

@@ -92,6 +92,35 @@ def test_what_is_left_out_is_within_the_tolerance(players, diagonal, tolerance):
     assert float((rough.coupling.added(seen) - theirs).abs().max()) <= rounding * scale
 
 
+@pytest.mark.parametrize("players", [3, 4])
+@pytest.mark.parametrize("tolerance", [3e-3, 0.0])
+def test_who_has_nothing_in_common_with_the_others_leaves_them_as_they_are(players, tolerance):
+    found = correlations(players)
+    last = players - 1
+    apart = {
+        (n, m): Correlation(0 * x.a, x.b) if last in (n, m) else x for (n, m), x in found.items()
+    }
+    without = {pair: x for pair, x in apart.items() if last not in pair}
+    rough, fewer = (
+        coarse(couple(apart, players), tolerance),
+        coarse(couple(without, players - 1), tolerance),
+    )
+    assert rough.bases[last] is None
+    assert all(bases is not None for bases in rough.bases[:last])
+    make = torch.Generator().manual_seed(1)
+    ys = [
+        torch.randn(6, 1, GROUPS, out, into, generator=make, dtype=torch.float64)
+        for into, out in SIZES[:last]
+    ]
+    results = [
+        c.coupling.added([o.mT @ y @ i for (o, i), y in zip(c.bases, ys, strict=False)])
+        for c in (rough, fewer)
+    ]
+    allowed = max(tolerance, 1e-8) * float(sum(y.square().sum((-2, -1)) for y in ys).max())
+    assert float(results[1].abs().max()) > 1.5 * allowed
+    torch.testing.assert_close(*results, rtol=0, atol=allowed)
+
+
 def test_nothing_in_common_leaves_no_directions():
     for players in (2, 3):
         weak = {k: Correlation(x.a, 1e-3 * x.b) for k, x in correlations(players).items()}
