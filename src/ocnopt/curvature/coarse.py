@@ -8,6 +8,7 @@ the difference is one of ``L^T y R`` alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from ocnopt.curvature.correlation import Correlation, Correlations
-from ocnopt.curvature.coupling import Coupling, Many, Pair, couple
+from ocnopt.curvature.coupling import Coupling, Many, Pair, Solved, couple
 from ocnopt.curvature.factorize import eigenbasis
 
 __all__ = ["Coarse", "coarse"]
+
+#: A coupling of so many entries is inverted once rather than solved for every step.
+SMALL = 640
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,12 @@ def _of_many(correlations: Correlations, players: int, tolerance: float) -> Coar
         for (n, m), between in correlations.items()
         if n in left and m in left
     }
-    return Coarse([left.get(n) for n in range(players)], couple(small, len(left), tolerance))
+    rough = couple(small, len(left), tolerance)
+    sizes = [b.new_empty(len(b), b.shape[-1], a.shape[-1]) for b, a in left.values()]
+    if isinstance(rough, Many) and sum(size[0].numel() for size in sizes) <= SMALL:
+        with contextlib.suppress(ValueError):  # then step by step
+            rough = Solved(rough, sizes)
+    return Coarse([left.get(n) for n in range(players)], rough)
 
 
 def _reached(sides: Sequence[Tensor], share: float) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ocnopt.curvature.correlation import Correlation, Correlations, dense
-from ocnopt.curvature.factorize import definite, singular_bases
+from ocnopt.curvature.factorize import definite, singular_bases, spd_factor
 from ocnopt.finite import finite_blocks
 
-__all__ = ["Coupling", "Many", "Pair", "couple"]
+__all__ = ["Coupling", "Many", "Pair", "Solved", "couple"]
 
 #: Correlations that no damped factors over the same samples can have are brought below this.
 MOST = 0.999
@@ -179,6 +179,47 @@ class Many(Coupling):
         for y, x in zip(ys[1:], solved[1:], strict=True):
             total = total + products(y, x)
         return (total + total.mT) / 2
+
+
+class Solved(Coupling):
+    """A small C whose inverse is at hand: one product, where conjugate gradients take dozens.
+
+    Args:
+        coupling: Of any number of players.
+        like: A matrix (groups, out, in) of every player.
+
+    Raises:
+        ValueError: C is not positive definite beyond rounding.
+    """
+
+    def __init__(self, coupling: Many, like: list[Tensor]) -> None:
+        self.failures, self.strength = coupling.failures, coupling.strength
+        flat = _flat(like)
+        self.eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
+        rows = self.eye.unsqueeze(1).expand(-1, len(flat), -1)
+        factor = spd_factor(_flat(coupling.times(_apart(rows, like))).transpose(0, 1))
+        if factor is None:
+            raise ValueError("the coupling of some players has no inverse")
+        #: ``C^-1 - I``, (groups, n, n).
+        self.rest = torch.cholesky_inverse(factor) - self.eye
+
+    def solve(self, ys: list[Tensor]) -> list[Tensor]:
+        """``y + (C^-1 - I) y``."""
+        y = _flat(ys)
+        return _apart(y + (y.unsqueeze(-2) @ self.rest).squeeze(-2), ys)
+
+    def gram(self, ys: list[Tensor]) -> Tensor:
+        """The players' own products, and what coupling adds."""
+        y = _flat(ys).transpose(1, 2)
+        return y @ y.mT + self.added(ys)
+
+    def added(self, ys: list[Tensor]) -> Tensor:
+        """``y_k^T (C^-1 - I) y_l``."""
+        y = _flat(ys).transpose(1, 2)  # (B, groups, r, n)
+        samples, groups, rank, n = y.shape
+        # All samples of a group in one product.
+        turned = y.transpose(0, 1).reshape(groups, samples * rank, n) @ self.rest
+        return y @ turned.view(groups, samples, rank, n).transpose(0, 1).mT
 
 
 def couple(correlations: Correlations, players: int, tolerance: float = 0.0) -> Coupling:
