@@ -195,13 +195,13 @@ class Solved(Coupling):
     def __init__(self, coupling: Many, like: list[Tensor]) -> None:
         self.failures, self.strength = coupling.failures, coupling.strength
         flat = _flat(like)
-        self.eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
-        rows = self.eye.unsqueeze(1).expand(-1, len(flat), -1)
+        eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
+        rows = eye.unsqueeze(1).expand(-1, len(flat), -1)
         factor = spd_factor(_flat(coupling.times(_apart(rows, like))).transpose(0, 1))
         if factor is None:
             raise ValueError("the coupling of some players has no inverse")
         #: ``C^-1 - I``, (groups, n, n).
-        self.rest = torch.cholesky_inverse(factor) - self.eye
+        self.rest = torch.cholesky_inverse(factor) - eye
 
     def solve(self, ys: list[Tensor]) -> list[Tensor]:
         """``y + (C^-1 - I) y``."""
