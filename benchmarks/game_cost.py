@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from step_cost import CRITERION, Net, Run, relative
+from step_cost import Net, Run, own, relative
 from torch import Tensor, nn
 
 import ocnopt
@@ -81,13 +81,13 @@ NETS: dict[str, Callable[[], Net]] = {
 
 
 def _dgnopt(model: nn.Module, **options: object) -> torch.optim.Optimizer:
-    return ocnopt.DGNOpt(model, CRITERION, lr=1e-4, **options)  # type: ignore[arg-type]
+    return ocnopt.DGNOpt(model, own(model), lr=1e-4, **options)  # type: ignore[arg-type]
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
-    "KFAC": lambda m: ocnopt.KFAC(m, CRITERION, lr=1e-4),
-    "EKFAC": lambda m: ocnopt.EKFAC(m, CRITERION, lr=1e-4),
+    "KFAC": lambda m: ocnopt.KFAC(m, own(m), lr=1e-4),
+    "EKFAC": lambda m: ocnopt.EKFAC(m, own(m), lr=1e-4),
     **{
         f"DGNOpt {kind}, {information}": partial(
             _dgnopt, preconditioner=kind, information=information

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, ModuleType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -94,30 +95,35 @@ NETS: dict[str, Callable[[], Net]] = {
     "transformer": transformer,
 }
 
-CRITERION = nn.CrossEntropyLoss()
+_CRITERIA: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def own(model: nn.Module) -> nn.Module:
+    """A model's own criterion: where one is shared, every optimizer hears of all calls of it."""
+    return _CRITERIA.setdefault(model, nn.CrossEntropyLoss())
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-3),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-4),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-4),
-    "KFAC": lambda m: ocnopt.KFAC(m, CRITERION, lr=1e-4),
-    "EKFAC": lambda m: ocnopt.EKFAC(m, CRITERION, lr=1e-4),
-    "DDPNOpt": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3),
-    "DDPNOpt, no recursion": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, bellman="off"),
-    "DDPNOpt, keep_grad=False": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, keep_grad=False),
-    "DDPNOpt, both off": lambda m: ocnopt.DDPNOpt(
-        m, CRITERION, lr=1e-3, bellman="off", rollout="off"
-    ),
-    "DDPNOpt rmsprop": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="rmsprop"),
+    "KFAC": lambda m: ocnopt.KFAC(m, own(m), lr=1e-4),
+    "EKFAC": lambda m: ocnopt.EKFAC(m, own(m), lr=1e-4),
+    "DDPNOpt": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-3),
+    "DDPNOpt, no recursion": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-3, bellman="off"),
+    "DDPNOpt, keep_grad=False": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-3, keep_grad=False),
+    "DDPNOpt, both off": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-3, bellman="off", rollout="off"),
+    "DDPNOpt rmsprop": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-4, preconditioner="rmsprop"),
     "DDPNOpt rmsprop, no recursion": lambda m: ocnopt.DDPNOpt(
-        m, CRITERION, lr=1e-4, preconditioner="rmsprop", bellman="off"
+        m, own(m), lr=1e-4, preconditioner="rmsprop", bellman="off"
     ),
     "DDPNOpt rmsprop, no recursion, keep_grad=False": lambda m: ocnopt.DDPNOpt(
-        m, CRITERION, lr=1e-4, preconditioner="rmsprop", bellman="off", keep_grad=False
+        m, own(m), lr=1e-4, preconditioner="rmsprop", bellman="off", keep_grad=False
     ),
-    "DDPNOpt adam": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="adam"),
-    "DDPNOpt kfac": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="kfac"),
-    "DDPNOpt ekfac": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-4, preconditioner="ekfac"),
-    "DDPNOpt nonlinear": lambda m: ocnopt.DDPNOpt(m, CRITERION, lr=1e-3, rollout="nonlinear"),
+    "DDPNOpt adam": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-4, preconditioner="adam"),
+    "DDPNOpt kfac": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-4, preconditioner="kfac"),
+    "DDPNOpt ekfac": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-4, preconditioner="ekfac"),
+    "DDPNOpt nonlinear": lambda m: ocnopt.DDPNOpt(m, own(m), lr=1e-3, rollout="nonlinear"),
 }
 #: The net whose arithmetic is next to nothing.
 SMALL = "fcn"
@@ -154,7 +160,7 @@ class Run:
     def step(self) -> None:
         """One step of the ordinary loop."""
         self.optimizer.zero_grad()
-        CRITERION(self.model(self.x), self.y).backward()
+        own(self.model)(self.model(self.x), self.y).backward()
         self.optimizer.step()
 
     def timed(self) -> None:
