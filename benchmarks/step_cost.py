@@ -3,8 +3,8 @@
     python benchmarks/step_cost.py [--threads 1,2] [--nets fcn,cnn] [--page docs/results/cost.md]
 
 All optimizers take turns in one run, one step each per round, and the median is reported: what the
-machine does meanwhile hits all of them alike. Memory is the peak of live tensor storage during a
-step, beyond what exists before it, counted operation by operation.
+machine does meanwhile hits all of them alike. Memory is what the model and the optimizer hold
+between steps, and the peak of what a step allocates, counted operation by operation.
 
 The floor: a step of SGD is three products per layer (forward, input gradients, weight gradients).
 The linear rollout adds one (the update applied to the recorded inputs) and a weight gradient of

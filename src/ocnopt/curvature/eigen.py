@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ocnopt.layers.base import Params
     from ocnopt.layers.linear import LinearLayer
 
-__all__ = ["Eigen", "rotated_factors"]
+__all__ = ["Eigen", "outer_seen", "rotated_factors"]
 
 
 class Eigen(Metric):
