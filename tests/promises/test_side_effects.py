@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from games import NETS
 from promises.conformance import (
     OPTIMIZERS,
     assert_feedback_active,
@@ -174,6 +175,57 @@ def test_nothing_is_kept_after_the_step(name):
     step(model, optimizer, criterion, x, y)
     gc.collect()
     assert not [i for i, r in enumerate(model.refs) if r() is not None]
+
+
+def left_to_the_collector(act):
+    """Tensors that are still there after ``act()`` only because they know one another."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        act()
+        gc.collect()
+        return [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        *((name, {}) for name in OPTIMIZERS),
+        ("DDPNOpt-identity", {"terminal": "gauss-newton"}),
+        ("DDPNOpt-identity", {"terminal": "full"}),
+        ("DDPNOpt-identity", {"bellman": "joint"}),
+        ("DDPNOpt-identity", {"rollout": "nonlinear"}),
+        ("DDPNOpt-identity", {"keep_policy": True}),
+        ("DDPNOpt-ekfac", {"measure_every": 1}),
+        ("DDPNOpt-ekfac", {"keep_grad": False}),
+    ],
+    ids=str,
+)
+def test_a_step_is_freed_with_its_last_name(name, options):
+    """No cycles: memory would wait for Python's collector, which small networks' steps call."""
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion, **options)
+    run(model, optimizer, 2, criterion)
+    assert not left_to_the_collector(lambda: run(model, optimizer, 2, criterion))
+
+
+@pytest.mark.parametrize("information", ["open-loop", "feedback", "group-rational"])
+@pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("net", NETS)
+def test_a_step_of_a_game_is_freed_with_its_last_name(net, kind, information):
+    torch.manual_seed(0)
+    model, criterion = NETS[net](), nn.CrossEntropyLoss()
+    optimizer = ocnopt.DGNOpt(
+        model, criterion, lr=1e-3, preconditioner=kind, information=information
+    )
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    step(model, optimizer, criterion, x, y)
+    assert not left_to_the_collector(lambda: step(model, optimizer, criterion, x, y))
 
 
 @pytest.mark.parametrize("probe", ["input", "output", "weights", "penalty graph", "columns"])

@@ -224,6 +224,10 @@ class Pass:
             use.forget()
         self.received, self.tasks, self.whole = [], set(), None
 
+    def close(self) -> None:
+        """Let go of the calls, which know the pass: what they hold is freed with the step."""
+        self.received = []
+
     def settle(self) -> None:
         """Add up what the backward passes that count have brought."""
         for call in self.calls:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -69,12 +69,14 @@ class Preconditioner(ABC):
     def observe(self, seen: Observation) -> Metric:
         """Update ``M_t`` with this step's Bellman objective and return its inverse."""
 
-    def direction(self, metric: Metric, seen: Observation, d: Params, own: bool = False) -> Params:
+    def direction(
+        self, metric: Metric, states: Sequence[State], d: Params, own: bool = False
+    ) -> Params:
         """The step before the learning rate: ``M^-1 d``, in new tensors unless ``M = I``.
 
         Args:
             metric: What :meth:`observe` returned.
-            seen: What it was given.
+            states: The optimizer's state of every parameter, as :meth:`observe` left it.
             d: The direction.
             own: Whether d may be written into.
         """

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ocnopt.curvature.base import Observation, Preconditioner
+from ocnopt.curvature.base import Observation, Preconditioner, State
 from ocnopt.curvature.metric import Diagonal, Metric, Rates
 from ocnopt.layers.base import Params
 
@@ -153,12 +153,14 @@ class Adam(Preconditioner):
             corrections.append(float(1 - beta ** state["step"]))
         return RootMeanSquare(seen.rates, tuple(squares), self.eps, corrections)
 
-    def direction(self, metric: Metric, seen: Observation, d: Params, own: bool = False) -> Params:
+    def direction(
+        self, metric: Metric, states: Sequence[State], d: Params, own: bool = False
+    ) -> Params:
         """``M^-1`` of the bias-corrected first moment."""
         beta = self.betas[0]
         out = []
         assert isinstance(metric, Diagonal)
-        for state, part, scale in zip(seen.states, d, metric.scales, strict=True):
+        for state, part, scale in zip(states, d, metric.scales, strict=True):
             average = state["exp_avg"] = torch.lerp(state["exp_avg"], _real(part), 1 - beta)
             out.append(_like(part, (average / scale).mul_(1 / (1 - beta ** state["step"]))))
         return tuple(out)

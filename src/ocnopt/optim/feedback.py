@@ -190,8 +190,14 @@ class FeedbackOptimizer(ModelOptimizer):
     # step
 
     def _step(self) -> None:
-        recorder = self.recorder
-        passes = recorder.take() if recorder is not None else []
+        passes = self.recorder.take() if self.recorder is not None else []
+        try:
+            self._step_on(passes)
+        finally:
+            for recorded in passes:
+                recorded.close()
+
+    def _step_on(self, passes: list[Pass]) -> None:
         self._require_usable(passes)
         measured = self.measures_next
         self._steps += 1

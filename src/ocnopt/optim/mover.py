@@ -56,7 +56,6 @@ class ParamMover:
         self.edited = any(map(_hooked, params))
         self.report: dict[str, float] = {}
         self._metric: Metric | None = None
-        self._seen: Observation | None = None
         self._mean: Params | None = None
         grads = [p.grad for p in params]
         self._base: Params | None = None
@@ -120,7 +119,8 @@ class ParamMover:
             self._mean = self._decayed(value) if first else value
             return self._mean
 
-        self._seen = Observation(
+        # Nothing that leads back here is kept: a step's tensors are to be freed with it.
+        seen = Observation(
             self.states,
             self.rates,
             decayed_mean,
@@ -131,7 +131,7 @@ class ParamMover:
             eigenbases or Eigenbases(),
             self.report,
         )
-        self._metric = self.preconditioner.observe(self._seen)
+        self._metric = self.preconditioner.observe(seen)
         return self._metric
 
     def probe(self, mean: Params) -> Params:
@@ -183,8 +183,8 @@ class ParamMover:
             d: The direction.
             own: Whether it may be written into.
         """
-        assert self._metric is not None and self._seen is not None
-        return self.preconditioner.direction(self._metric, self._seen, d, own)
+        assert self._metric is not None
+        return self.preconditioner.direction(self._metric, self.states, d, own)
 
     def finish(self, u: Params) -> Params:
         """The parameters' change for ``u = M^-1 d``; momentum is updated."""
