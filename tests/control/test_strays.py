@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ocnopt
-from ocnopt.control.turns import with_strays
+from ocnopt.control.grouping import with_strays
 
 
 class Mode(nn.Module):

@@ -675,8 +675,8 @@ def test_couplings_are_kept_of_the_players_in_play_alone():
     seen = set()
     for i in range(20):
         train(model, optimizer, 1, criterion, i)
-        assert len(optimizer._known) <= 1
-        seen.update(optimizer._known)
+        assert len(optimizer._grouping.known) <= 1
+        seen.update(optimizer._grouping.known)
         optimizer.reward(0.5)
     assert {frozenset(names) for names in seen} == {
         frozenset({"one", "skip"}),

@@ -15,7 +15,7 @@ from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric
 from ocnopt.layers.base import Params
 
-__all__ = ["Group", "Moments", "Mover", "Party", "Turn", "with_strays"]
+__all__ = ["Group", "Moments", "Mover", "Party", "Turn"]
 
 
 class Mover(Protocol):
@@ -139,28 +139,3 @@ class Group:
 
     turns: list[Turn]
     parties: list[Party] = field(default_factory=list)
-
-
-def with_strays(stages: list[list[Turn]], turns: list[Turn]) -> list[list[Turn]]:
-    """Stages, with turns that have none put between them by the order of their calls.
-
-    Whoever was called before such a turn acts before it, in a stage of its own if its place was
-    later; whoever was called after it acts after it.
-
-    Args:
-        stages: Turns by stage.
-        turns: All turns, in the order of their first calls.
-    """
-    called = {id(turn): place for place, turn in enumerate(turns)}
-    placed = [list(stage) for stage in stages]
-    known = {id(turn) for stage in stages for turn in stage}
-    for turn in turns:
-        if id(turn) in known:
-            continue
-        now = called[id(turn)]
-        follows = [any(called[id(t)] > now for t in stage) for stage in placed]
-        place = follows.index(True) if True in follows else len(placed)
-        earlier = [t for stage in placed[place:] for t in stage if called[id(t)] < now]
-        rest = [[t for t in stage if called[id(t)] > now] for stage in placed[place:]]
-        placed[place:] = [[t] for t in (*earlier, turn)] + [stage for stage in rest if stage]
-    return placed

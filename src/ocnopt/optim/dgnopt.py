@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from ocnopt.control.alignment import Alignment
 from ocnopt.control.batch import Batch
-from ocnopt.control.cooperation import Known
 from ocnopt.control.diagnostics import Diagnostics
 from ocnopt.control.fictitious import Fictitious, require_penalty
 from ocnopt.control.game import Game, find_game
-from ocnopt.control.party import parties
+from ocnopt.control.grouping import Grouping
 from ocnopt.control.passes import Pass
-from ocnopt.control.players import Player
 from ocnopt.control.replay import autocast_as
-from ocnopt.control.turns import Group, Turn, with_strays
+from ocnopt.control.turns import Group, Party, Turn
 from ocnopt.curvature import Preconditioner
 from ocnopt.errors import GraphError, OptionError
 from ocnopt.optim.base import Coverage
@@ -164,8 +162,7 @@ class DGNOpt(FeedbackOptimizer):
                     f"fictitious needs a terminal of rank one, such as 'bounded', not {terminal!r}"
                 )
         self.game: Game | None = None
-        self._known: Known = {}
-        self._alone: dict[Player, str] = {}
+        self._grouping = Grouping()
         self._untraceable = ""
         super().__init__(
             model,
@@ -253,52 +250,23 @@ class DGNOpt(FeedbackOptimizer):
             self._find([b.source for b in batches if b.source is not None])
         if self.game is None:
             return None
-        here = {turn.player.name: turn for turn in turns}
-        groups = []
-        self._alone = {}
-        by_game = self.game.stages(self.rounds.alignment.arm)
-        stages = [[here.pop(p.name) for p in s.players if p.name in here] for s in by_game]
-        stages = [stage for stage in stages if stage]
-        if here:
-            stages = self._with_strays(stages, turns, list(here))
-        for stage in stages:
-            group = Group(stage)
-            if self.information == "group-rational" and len(stage) > 1:
-                found, alone = parties(stage, batches, self._known)
-                group.parties = list(found)
-                self._alone.update(alone)
-            groups.append(group)
-        together = [party.turns for group in groups for party in group.parties]
-        self._require_own_policies(together)
-        # Factors move on while another alignment is played: what was made of them is stale then.
-        for names in self._known.keys() - {_names(members) for members in together}:
-            del self._known[names]
+        stages = self.game.stages(self.rounds.alignment.arm)
+        groups = self._grouping.groups(
+            [[player.name for player in stage.players] for stage in stages],
+            turns,
+            batches,
+            self.information == "group-rational",
+        )
+        self._require_own_policies([party for group in groups for party in group.parties])
         return groups
 
-    def _with_strays(
-        self, stages: list[list[Turn]], turns: list[Turn], strays: list[str]
-    ) -> list[list[Turn]]:
-        """Stages with what the model did not call when its game was found, and why who is alone."""
-        found = with_strays(stages, turns)
-        together = [set(map(id, stage)) for stage in found]
-        parted = {id(t) for stage in stages if set(map(id, stage)) not in together for t in stage}
-        for stage in found:
-            turn = stage[0]
-            if turn.player.name in strays:
-                why = "it was not called when the game was found"
-            elif len(stage) == 1 and id(turn) in parted:
-                why = f"{', '.join(map(repr, strays))} not in the game, called before its stage"
-            else:
-                continue
-            self._alone[turn.player] = f"acts alone: {why}"
-        return found
-
-    def _require_own_policies(self, together: list[list[Turn]]) -> None:
+    def _require_own_policies(self, parties: list[Party]) -> None:
         """Raise if policies are to be kept of players who have none but a joint one."""
-        if self.keep_policy and together:
+        if self.keep_policy and parties:
+            names = " and ".join(repr(turn.player.name) for turn in parties[0].turns)
             raise OptionError(
-                f"keep_policy=True, but {' and '.join(map(repr, _names(together[0])))} solve "
-                "jointly and have no policies of their own; use information='feedback'"
+                f"keep_policy=True, but {names} solve jointly and have no policies of their own; "
+                "use information='feedback'"
             )
 
     # rounds
@@ -367,7 +335,7 @@ class DGNOpt(FeedbackOptimizer):
 
     def coverage(self) -> list[Coverage]:
         """One row per trained parameter; who acts alone at a stage with others says why."""
-        names = {player.name: why for player, why in self._alone.items()}
+        names = {player.name: why for player, why in self._grouping.alone.items()}
         return [
             row._replace(reason=names[row.module])
             if row.treatment == "player" and not row.reason and row.module in names
@@ -396,11 +364,7 @@ class DGNOpt(FeedbackOptimizer):
             self.rounds.load_state_dict(state_dict["alignment"])
         if self.game is not None:
             self.rounds.alignment.start(self.game.alignments)
-        self._known.clear()
-
-
-def _names(turns: list[Turn]) -> tuple[str, ...]:
-    return tuple(turn.player.name for turn in turns)
+        self._grouping.known.clear()
 
 
 def _is_number(value: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,19 +17,20 @@ from ocnopt.control.passes import Pass
 from ocnopt.control.players import Player
 from ocnopt.control.policy import Policies
 from ocnopt.control.record import Recorder
-from ocnopt.control.replay import capture_setting, run_again
+from ocnopt.control.replay import run_again
 from ocnopt.control.sweep import Sweep
-from ocnopt.control.tape import Tape
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.control.turns import Group, Turn
 from ocnopt.curvature import Identity, Preconditioner, preconditioner
 from ocnopt.errors import GraphError, OptionError, RecordingError
 from ocnopt.optim.base import ModelOptimizer
 from ocnopt.optim.feedback_options import require_feedback_options
+from ocnopt.optim.listeners import Due, Watcher
 from ocnopt.optim.mover import ParamMover
 from ocnopt.optim.parallel import mean_over, processes, sum_over
-from ocnopt.optim.rescaling import loss_unit, measure_scales, unscaling
+from ocnopt.optim.rescaling import loss_unit, measure_scales, unscale
 from ocnopt.optim.second_pass import actual_decrease, nonlinear_rollout
+from ocnopt.optim.usable import refuse_unused, require_replayable
 
 __all__ = ["FeedbackOptimizer"]
 
@@ -144,15 +144,15 @@ class FeedbackOptimizer(ModelOptimizer):
             self.players if self.feedback_on or factored else [],
             self.criterion,
             self.terminal,
-            _Watcher(self) if watch else None,
+            Watcher(self) if watch else None,
             self.keep_grad,
             compact=self.feedback_on
             and not (self.terminal.rank_r or self.full or self.keep_policy)
             and self.fictitious is None,
-            whole=_Due(self),
+            whole=Due(self),
         )
 
-    def _due(self) -> frozenset[Player]:
+    def due(self) -> frozenset[Player]:
         """Players whose Kronecker factors the next step updates, of inputs and signals."""
         group_of, step = self._group_of(), self._clock()
         return frozenset(
@@ -301,23 +301,9 @@ class FeedbackOptimizer(ModelOptimizer):
         losses = [c.loss for p in passes for c in p.calls if c.scale is not None]
         self._require_finite_losses(losses)
         if self.criterion is not None and passes and not losses:
-            name = type(self.criterion).__name__
-            ignored = self.recorder.ignored if self.recorder is not None else ""
-            what = f"could not be used: {ignored}" if ignored else "took no part in the last step"
-            raise RecordingError(
-                f"the criterion given to the optimizer ({name}) {what}, so the cost's curvature "
-                "and scale are unknown; call that very module on the model's output, or leave it "
-                "out of the constructor"
-            )
-        if self.rollout != "nonlinear" or self.full or not passes:
-            return
-        if len(passes) > 1 or passes[0].forwards != 1 or passes[0].tape is None:
-            raise GraphError(
-                f"rollout='nonlinear' runs the last forward pass again, but {len(passes)} passes "
-                f"with {passes[0].forwards} calls of the model led to this step; use "
-                "rollout='linear' with gradient accumulation or several calls, and "
-                "torch.no_grad() for evaluation"
-            )
+            refuse_unused(self.criterion, self.recorder.ignored if self.recorder else "")
+        if self.rollout == "nonlinear" and not self.full and passes:
+            require_replayable(passes)
 
     def _turns(
         self,
@@ -386,7 +372,7 @@ class FeedbackOptimizer(ModelOptimizer):
                 self._reasons[player] = "it received no gradient in the last step"
         measure_scales(turns, self.recorder.samples)
         if turns:
-            _unscale(batches, unscaling(turns[0].mover.scale))
+            unscale(batches, turns[0].mover.scale)
         return turns, batches
 
     def _nothing_recorded(self, expected: list[Player]) -> None:
@@ -436,40 +422,3 @@ class FeedbackOptimizer(ModelOptimizer):
         if self._policy is None:
             raise RecordingError("policy: there is none before the first step with feedback")
         return self._policy
-
-
-def _unscale(batches: list[Batch], factor: float) -> None:
-    """Take a loss scaler back where no criterion was called, whose gradient would have shown it."""
-    for batch in batches if factor != 1 else []:
-        if batch.source is None or all(call.scale is None for call in batch.source.calls):
-            batch.weight, batch.lift = batch.weight / factor, batch.lift * factor
-
-
-class _Due:
-    """Says whose factors are due, without holding the optimizer."""
-
-    def __init__(self, optimizer: FeedbackOptimizer) -> None:
-        self.optimizer = weakref.ref(optimizer)
-
-    def __call__(self) -> frozenset[Player]:
-        optimizer = self.optimizer()
-        return frozenset() if optimizer is None else optimizer._due()
-
-
-class _Watcher:
-    """Notes what a second pass will need when the model's forward begins."""
-
-    def __init__(self, optimizer: FeedbackOptimizer) -> None:
-        self.optimizer = weakref.ref(optimizer)
-
-    def __call__(self, recorded: Pass) -> None:
-        optimizer = self.optimizer()
-        if optimizer is None:
-            return
-        nonlinear = optimizer.rollout == "nonlinear" and not optimizer.full
-        if not (nonlinear or optimizer.full or optimizer.measures_next):
-            return
-        recorded.setting = capture_setting(optimizer.model)
-        if nonlinear:
-            columns = optimizer.terminal.rank_r
-            recorded.tape = Tape(optimizer.model, optimizer.players, columns)

@@ -13,7 +13,7 @@ from ocnopt.control.sampled import sample_of
 from ocnopt.control.turns import Turn
 from ocnopt.optim.parallel import mean_over, processes
 
-__all__ = ["loss_unit", "measure_scales", "unscaling"]
+__all__ = ["loss_unit", "measure_scales", "unscale", "unscaling"]
 
 
 def measure_scales(turns: Sequence[Turn], samples: Mapping[Tensor, Tensor]) -> None:
@@ -108,6 +108,19 @@ def unscaling(scale: float) -> float:
     # Both at once cannot be told apart: a clip by less than a half is assumed, and that no clip
     # alone goes as far.
     return 2.0 ** math.ceil(exponent) if scale < 2**-8 else 1.0
+
+
+def unscale(batches: Sequence[Batch], scale: float) -> None:
+    """Take a loss scaler back where no criterion was called, whose gradient would have shown it.
+
+    Args:
+        batches: The samples, whose weights are changed.
+        scale: The factor by which gradients were rescaled.
+    """
+    factor = unscaling(scale)
+    for batch in batches if factor != 1 else []:
+        if batch.source is None or all(call.scale is None for call in batch.source.calls):
+            batch.weight, batch.lift = batch.weight / factor, batch.lift * factor
 
 
 def _whole(scale: float) -> bool:
