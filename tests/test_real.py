@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 import ocnopt
+from ocnopt import OptionError, curvature
 from ocnopt.losses import MMCLoss, VanishingGradientRegularizer
+from ocnopt.ode import IntegrationTime, NeuralODE, TimedSequential
 from ocnopt.ode.solve import Method
 from ocnopt.optim.solving import require_sample_step
-from ocnopt.real import is_real, plain
+from ocnopt.real import is_real, is_scalar, plain
 
 NUMBERS = [1, 1.0, np.float16(1), np.float32(1), np.float64(1), np.int64(1), Fraction(1)]
 
@@ -55,6 +57,79 @@ def test_they_are_taken_wherever_an_option_is_a_number(number):
         ocnopt.EMSA(model, criterion, lr=number, rho=number),
     ):
         assert bool(torch.isfinite(optimizer.step(x, y)))
+
+
+def test_tensors_of_one_number():
+    assert is_scalar(0.1) and is_scalar(torch.tensor(1)) and is_scalar(torch.ones(1, 1))
+    for value in (True, "1", torch.tensor(True), torch.tensor(1j), torch.ones(2), torch.ones(0)):
+        assert not is_scalar(value)
+
+
+WRONG = ["3", None, [1.0], 1j, True, float("nan"), torch.ones(2)]
+RULES = {
+    "damping": (curvature.KFAC, curvature.EKFAC),
+    "decay": (curvature.KFAC, curvature.EKFAC, curvature.RMSprop),
+    "update_every": (curvature.KFAC, curvature.EKFAC),
+    "gram_tolerance": (curvature.KFAC, curvature.EKFAC),
+    "eigen_decay": (curvature.EKFAC,),
+    "eps": (curvature.RMSprop, curvature.Adam),
+}
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize(
+    ("option", "rule"), [(option, rule) for option, rules in RULES.items() for rule in rules]
+)
+def test_an_option_of_a_preconditioner_that_is_no_number_is_named(option, rule, value):
+    with pytest.raises(OptionError, match=rf"^{rule.__name__}: {option}=.*must be a number"):
+        rule(**{option: value})
+
+
+@pytest.mark.parametrize("value", [*WRONG, 0.9, (0.9,), ("a", 0.9), (0.9, True), "ab"], ids=repr)
+def test_betas_that_are_not_two_numbers_are_named(value):
+    with pytest.raises(OptionError, match="betas="):
+        curvature.Adam(betas=value)
+
+
+def test_betas_of_a_group_that_are_no_numbers():
+    group = {"params": "0", "preconditioner": "adam", "betas": 3}
+    with pytest.raises(OptionError, match="'adam'"):
+        ocnopt.DDPNOpt(net(), nn.CrossEntropyLoss(), lr=0.1, params=[group])
+
+
+def solved():
+    return nn.Sequential(NeuralODE(TimedSequential(nn.Linear(3, 3))), nn.Linear(3, 2))
+
+
+NAMED = {
+    "SNOpt": (("lr", "damping", "update_every", "eigen_decay", "momentum", "weight_decay"), solved),
+    "EKFAC": (("lr", "damping", "update_every", "decay", "eigen_decay", "momentum"), net),
+    "EMSA": (("lr", "rho", "inner_steps", "history_size", "weight_decay"), net),
+    "VanillaDDP": (("lr", "damping", "state_reg", "weight_decay"), net),
+    "DDPNOpt": (("lr", "momentum", "weight_decay", "feedback_clip"), net),
+}
+
+
+@pytest.mark.parametrize("value", ["3", 1j, [1.0], torch.ones(2)], ids=repr)
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [(kind, option) for kind, (options, _) in NAMED.items() for option in options],
+)
+def test_an_option_of_an_optimizer_that_is_no_number_is_named(kind, option, value):
+    criterion = () if kind == "SNOpt" else (nn.CrossEntropyLoss(),)
+    with pytest.raises(OptionError, match=f"{option}="):
+        getattr(ocnopt, kind)(NAMED[kind][1](), *criterion, **{"lr": 0.1, option: value})
+
+
+@pytest.mark.parametrize("value", ["3", None, 1j, torch.ones(2)], ids=repr)
+def test_a_time_that_is_no_number_is_named(value):
+    field = TimedSequential(nn.Linear(3, 3))
+    for option in ("t0", "t1"):
+        with pytest.raises(OptionError, match=f"{option}=.*a finite number"):
+            NeuralODE(field, **{option: value})
+    for option in ("lr", "penalty", "every", "minimum", "decay"):
+        with pytest.raises(OptionError, match=f"{option}="):
+            IntegrationTime(NeuralODE(field), rule="first-order", **{option: value})
 
 
 def test_numbers_inside_a_preconditioners_options_are_plain(tmp_path):

@@ -1,4 +1,4 @@
-"""Which options are numbers: Python's and numpy's alike, but no truth value."""
+"""Which options are numbers: Python's and numpy's alike, and tensors of one; no truth value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
-__all__ = ["is_real", "plain"]
+import torch
+from torch import Tensor
+
+__all__ = ["is_real", "is_scalar", "plain"]
 
 
 def is_real(value: object) -> TypeGuard[float]:
@@ -16,6 +19,17 @@ def is_real(value: object) -> TypeGuard[float]:
         value: An option as it was given.
     """
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_scalar(value: object) -> TypeGuard[float | Tensor]:
+    """Whether it is a real number, or a tensor of one.
+
+    Args:
+        value: An option as it was given.
+    """
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+    return is_real(value)
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ocnopt.curvature.factorize import Eigenbases
 from ocnopt.curvature.metric import Metric, Rates
 from ocnopt.errors import OptionError
 from ocnopt.layers.base import Layer, Params
+from ocnopt.real import is_scalar
 
 State = dict[str, Any]
 
@@ -85,6 +86,11 @@ class Preconditioner(ABC):
     def options(self) -> dict[str, Any]:
         """Name and options as plain values, for checkpoints."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def check_number(self, option: str, ok: Callable[[Any], bool], wanted: str) -> None:
+        """Raise an :class:`OptionError` unless the option is a number for which ``ok`` holds."""
+        value = getattr(self, option)
+        self.check(option, is_scalar(value) and bool(ok(value)), f"it must be a number {wanted}")
 
     def check(self, option: str, ok: bool, wanted: str) -> None:
         """Raise an :class:`OptionError` that names the option unless ``ok``."""

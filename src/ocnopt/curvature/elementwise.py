@@ -12,6 +12,7 @@ from torch import Tensor
 from ocnopt.curvature.base import Observation, Preconditioner, State
 from ocnopt.curvature.metric import Diagonal, Metric, Rates
 from ocnopt.layers.base import Params
+from ocnopt.real import is_scalar
 
 
 class RootMeanSquare(Diagonal):
@@ -92,8 +93,8 @@ class RMSprop(Preconditioner):
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.check("decay", 0 <= self.decay < 1, "it must lie in [0, 1)")
-        self.check("eps", self.eps > 0, "it must be positive")
+        self.check_number("decay", lambda x: 0 <= x < 1, "in [0, 1)")
+        self.check_number("eps", lambda x: x > 0, "above 0")
 
     def observe(self, seen: Observation) -> Metric:
         """Update the running mean."""
@@ -131,10 +132,12 @@ class Adam(Preconditioner):
     def __post_init__(self) -> None:
         self.check(
             "betas",
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            isinstance(self.betas, Sequence)
+            and len(self.betas) == 2
+            and all(is_scalar(b) and 0 <= b < 1 for b in self.betas),
             "it must be two numbers in [0, 1)",
         )
-        self.check("eps", self.eps > 0, "it must be positive")
+        self.check_number("eps", lambda x: x > 0, "above 0")
 
     def observe(self, seen: Observation) -> Metric:
         """Update the second moment and the step count."""

@@ -36,10 +36,10 @@ class Factored(Preconditioner):
     factored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.check("damping", self.damping > 0, "it must be positive")
-        self.check("decay", 0 <= self.decay < 1, "it must lie in [0, 1)")
-        self.check("update_every", self.update_every >= 1, "it must be at least 1")
-        self.check("gram_tolerance", 0 <= self.gram_tolerance < 1, "it must lie in [0, 1)")
+        self.check_number("damping", lambda x: x > 0, "above 0")
+        self.check_number("decay", lambda x: 0 <= x < 1, "in [0, 1)")
+        self.check_number("update_every", lambda x: x >= 1, "of at least 1")
+        self.check_number("gram_tolerance", lambda x: 0 <= x < 1, "in [0, 1)")
 
     def due(self, state: State, step: int | None = None) -> bool:
         """Whether an observation in that step updates the factors: once every so many steps."""
@@ -136,7 +136,7 @@ class EKFAC(Factored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("eigen_decay", 0 <= self.eigen_decay <= 1, "it must lie in [0, 1]")
+        self.check_number("eigen_decay", lambda x: 0 <= x <= 1, "in [0, 1]")
 
     def observe(self, seen: Observation) -> Metric:
         """Refresh the basis where it is due; correct the eigenvalues."""

@@ -31,6 +31,7 @@ from torch.func import functional_call, grad, jacrev
 
 from ocnopt.errors import OptionError
 from ocnopt.ode.solve import Method, solve
+from ocnopt.real import is_scalar
 
 __all__ = ["MAX_ENTRIES", "Controls", "SecondOrder", "Sweep", "second_order"]
 
@@ -230,8 +231,9 @@ class Sweep:
         if not (isinstance(self.x0, Tensor) and self.x0.is_floating_point() and self.x0.numel()):
             raise OptionError("x0: expected a tensor of floating point numbers, not an empty one")
         for name in ("t0", "t1"):
-            if not math.isfinite(getattr(self, name)):
-                raise OptionError(f"{name}={getattr(self, name)!r}, but it must be finite")
+            value = getattr(self, name)
+            if not (is_scalar(value) and math.isfinite(value)):
+                raise OptionError(f"{name}={value!r}, but it must be a finite number")
         if self.t0 == self.t1:
             raise OptionError(f"t0 and t1 are both {self.t0}: there is nothing to integrate")
         count = self.checkpoints

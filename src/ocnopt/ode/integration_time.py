@@ -14,6 +14,7 @@ from ocnopt.errors import NonFiniteError, OptionError
 from ocnopt.ode.listener import Field, Parts
 from ocnopt.ode.neural_ode import NeuralODE
 from ocnopt.optim.parallel import mean_over, processes
+from ocnopt.real import is_scalar
 
 __all__ = ["Change", "IntegrationTime"]
 
@@ -103,13 +104,13 @@ class IntegrationTime:
             if value not in choices:
                 raise OptionError(f"{name}={value!r} is not known; choose one of {choices}")
         for name, number, ok, wanted in (
-            ("lr", lr, 0 < lr < math.inf, "finite and positive"),
-            ("penalty", penalty, 0 <= penalty < math.inf, "finite and at least 0"),
-            ("every", every, isinstance(every, int) and every >= 1, "at least 1"),
-            ("minimum", minimum, 0 < minimum < math.inf, "finite and positive"),
-            ("decay", decay, 0 <= decay < 1, "in [0, 1)"),
+            ("lr", lr, lambda x: 0 < x < math.inf, "finite and positive"),
+            ("penalty", penalty, lambda x: 0 <= x < math.inf, "finite and at least 0"),
+            ("every", every, lambda x: isinstance(x, int) and x >= 1, "a whole number above 0"),
+            ("minimum", minimum, lambda x: 0 < x < math.inf, "finite and positive"),
+            ("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)"),
         ):
-            if not ok:
+            if not (is_scalar(number) and ok(number)):
                 raise OptionError(f"{name}={number!r}, but it must be {wanted}")
         if rule == "feedback" and optimizer is None:
             raise OptionError(

@@ -19,6 +19,7 @@ from ocnopt.ode.listener import Listener, Parts
 from ocnopt.ode.solve import Method, solve
 from ocnopt.ode.unrolled import unrolled_solve
 from ocnopt.ode.warped import Warped, solve_warped
+from ocnopt.real import is_scalar
 
 __all__ = ["Evaluations", "NeuralODE"]
 
@@ -92,8 +93,8 @@ class NeuralODE(Solver):
                 f"{type(func).__name__}; wrap a function in a module with that forward"
             )
         for name, value in (("t0", t0), ("t1", t1)):
-            if not math.isfinite(value):
-                raise OptionError(f"{name}={value!r}, but it must be finite")
+            if not (is_scalar(value) and math.isfinite(value)):
+                raise OptionError(f"{name}={value!r}, but it must be a finite number")
         if float(t0) == float(t1):
             raise OptionError(f"t0 and t1 are both {float(t0):g}; nothing would be solved")
         self.func = func

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
@@ -20,7 +20,7 @@ from ocnopt.finite import all_finite
 from ocnopt.layers import Params
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes, sum_over
-from ocnopt.real import is_real, plain
+from ocnopt.real import is_scalar, plain
 
 __all__ = ["Coverage", "ModelOptimizer"]
 
@@ -123,9 +123,8 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
             where = f"parameter group {i}: " if len(self.param_groups) > 1 else ""
             for option in ("lr", "momentum", "weight_decay", "feedback_clip"):
                 value = group[option]
-                number = is_real(value) or isinstance(value, Tensor)
                 none = value is None and option == "feedback_clip"
-                _check(where, option, value, number or none, "a number")
+                _check(where, option, value, is_scalar(value) or none, "a number")
             rate = float(group["lr"])
             _check(where, "lr", group["lr"], 0 <= rate < math.inf, "finite and at least 0")
             _check(where, "momentum", group["momentum"], 0 <= group["momentum"] < 1, "in [0, 1)")
@@ -159,7 +158,8 @@ class ModelOptimizer(torch.optim.Optimizer, ABC):
     def _build(self, group: dict[str, Any]) -> Preconditioner:
         options = group["preconditioner"]
         if "betas" in options and "betas" in group:
-            options = {**options, "betas": tuple(group["betas"])}
+            betas = group["betas"]
+            options = {**options, "betas": tuple(betas) if isinstance(betas, Iterable) else betas}
         known = self._built.get(id(group))
         if known is None or known[0] != options:
             known = self._built[id(group)] = (dict(options), preconditioner(options))

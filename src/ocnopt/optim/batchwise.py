@@ -16,7 +16,7 @@ from ocnopt.errors import NonFiniteError, OcnoptError, OptionError
 from ocnopt.finite import all_finite
 from ocnopt.optim.groups import resolve, resolve_groups
 from ocnopt.optim.parallel import processes
-from ocnopt.real import is_real, plain
+from ocnopt.real import is_scalar, plain
 
 __all__ = ["BatchOptimizer", "is_count", "is_number", "require", "require_finite"]
 
@@ -165,7 +165,7 @@ def require_finite(chain: Chain, loss: Tensor) -> None:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number that is not negative."""
-    return (is_real(value) or isinstance(value, Tensor)) and 0 <= float(value) < math.inf
+    return is_scalar(value) and 0 <= float(value) < math.inf
 
 
 def is_count(value: object) -> bool:

@@ -24,7 +24,7 @@ from ocnopt.optim.base import Coverage
 from ocnopt.optim.feedback import FeedbackOptimizer
 from ocnopt.optim.parallel import mean_over, processes
 from ocnopt.optim.rounds import Rounds, alignment_named
-from ocnopt.real import is_real
+from ocnopt.real import is_scalar
 
 __all__ = ["DGNOpt"]
 
@@ -317,7 +317,7 @@ class DGNOpt(FeedbackOptimizer):
         why = "information='open-loop' has none" if not self.feedback_on else self._untraceable
         if why:
             raise OptionError(f"reward: there is no alignment to choose ({why})")
-        if not _is_number(value):
+        if not is_scalar(value):
             raise OptionError(
                 f"reward={value!r} must be a number in [0, 1], such as a validation accuracy"
             )
@@ -365,10 +365,3 @@ class DGNOpt(FeedbackOptimizer):
         if self.game is not None:
             self.rounds.alignment.start(self.game.alignments)
         self._grouping.known.clear()
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a real number, in a tensor perhaps; truth values are none."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
-    return is_real(value)
