@@ -376,14 +376,26 @@ def test_options_may_be_numpys_numbers_and_states_stay_plain(make, same):
 
 
 @each
-@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
-def test_a_reward_outside_is_refused_and_changes_nothing(make, value):
+@pytest.mark.parametrize(
+    "value", [-0.1, 1.1, math.nan, math.inf, "a", "0.5", None, [0.5], 1j, True, torch.rand(2)]
+)
+def test_a_reward_that_is_no_number_from_0_to_1_is_refused_and_changes_nothing(make, value):
     bandit = make(0)
     bandit.start(2)
     before = bandit.state_dict()
     with pytest.raises(OptionError, match=r"must be a number in \[0, 1\]"):
         bandit.reward(value)
     assert bandit.state_dict() == before
+
+
+@each
+def test_a_reward_may_be_of_numpy_or_a_tensor_and_is_kept_as_a_plain_number(make):
+    bandit = make(0)
+    bandit.start(2)
+    for value in (np.float32(0.5), torch.tensor(0.5), 1):
+        bandit.reward(value)
+    assert [done.reward for done in bandit.history] == [0.5, 0.5, 1.0]
+    assert {type(done.reward) for done in bandit.history} == {float}
 
 
 @each

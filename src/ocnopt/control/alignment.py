@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ocnopt.errors import OptionError
-from ocnopt.real import is_real
+from ocnopt.real import is_real, is_scalar
 
 __all__ = [
     "Alignment",
@@ -136,10 +136,10 @@ class Alignment(ABC):
             value: In [0, 1], more is better.
 
         Raises:
-            OptionError: The value is outside, or it has not been started.
+            OptionError: The value is no number in [0, 1], or it has not been started.
         """
         self._require_started()
-        if not 0 <= value <= 1:
+        if not (is_scalar(value) and 0 <= value <= 1):
             raise OptionError(
                 f"reward={value!r} must be a number in [0, 1], such as a validation accuracy; "
                 "ocnopt.control.alignment.loss_reward turns two losses into one"
