@@ -535,3 +535,13 @@ def test_hooks_of_the_module_see_log_prob():
     flow.register_forward_hook(lambda *_: calls.append(1))
     found: Tensor = flow.log_prob(torch.randn(3, 2))
     assert found.shape == (3,) and calls == [1]
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_no_points_have_no_densities(divergence):
+    flow = ContinuousFlow(squash_net(2), 2, divergence=divergence)
+    points = torch.empty(0, 2)
+    found = flow.log_prob(points)
+    assert found.shape == (0,) and flow.from_base(points).shape == (0, 2)
+    found.sum().backward()
+    assert all(not p.grad.any() for p in flow.parameters() if p.grad is not None)

@@ -217,6 +217,54 @@ def test_what_follows_may_work_in_place():
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4", "implicit_adams"])
+@pytest.mark.parametrize("adjoint", [True, False])
+def test_an_empty_batch_has_an_empty_solution_and_gradients_of_zero(method, adjoint):
+    """As in any layer of torch."""
+    field = TimedSequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+    block = NeuralODE(field, method=method, adjoint=adjoint)
+    x = torch.empty(0, 3, requires_grad=True)
+    for times, shape in (
+        ((), (0, 3)),
+        ((torch.tensor([0.0, 0.5, 1.0]),), (3, 0, 3)),
+        ((torch.empty(2, 0),), (2, 0, 3)),
+    ):
+        block.zero_grad()
+        found = block(x, *times)
+        assert found.shape == shape and found.dtype == x.dtype
+        found.sum().backward()
+        assert x.grad.shape == x.shape
+        assert all(p.grad is not None and not p.grad.any() for p in field.parameters())
+        with torch.no_grad():
+            assert block(x, *times).shape == shape
+    with pytest.raises(OptionError, match="dx/dt must be shaped as x"):
+        NeuralODE(TimedSequential(nn.Linear(3, 4)))(x)
+
+
+def test_an_empty_batch_of_several_tensors():
+    class Field(nn.Module):
+        def forward(self, t, state):
+            return -state[0], state[0].sum(1)
+
+    x, y = NeuralODE(Field())((torch.empty(0, 3), torch.empty(0)))
+    assert x.shape == (0, 3) and y.shape == (0,)
+
+
+def test_an_empty_micro_batch_has_no_part_in_a_step():
+    models = []
+    for sizes in ((8,), (8, 0), (0, 8)):
+        model = classifier()
+        optimizer = ocnopt.SNOpt(model, lr=0.1, sample_step=0.1, reduction="sum")
+        for size in sizes:
+            x, y = batch(0)
+            nn.functional.cross_entropy(model(x[:size]), y[:size], reduction="sum").backward()
+        optimizer.step()
+        models.append(model)
+    for model in models[1:]:
+        for p, q in zip(model.parameters(), models[0].parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
 def test_weights_changed_before_the_backward_pass_are_noticed():
     """The adjoint is solved with the weights as they are then; autograd's own error says so."""
     field, x = make("Linear")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ocnopt.control.players import Solver
 from ocnopt.errors import OptionError
 from ocnopt.ode.adjoint import Problem, adjoint_solve
-from ocnopt.ode.listener import Listener, Parts
+from ocnopt.ode.listener import Field, Listener, Parts
 from ocnopt.ode.solve import Method, solve
 from ocnopt.ode.unrolled import unrolled_solve
 from ocnopt.ode.warped import Warped, solve_warped
@@ -125,7 +125,8 @@ class NeuralODE(Solver):
                 decreasing; or times of every sample (T, B), for which F is called with t (B,).
 
         Returns:
-            The state at t1, shaped as x; or the states at every time, (T, ...) in front.
+            The state at t1, shaped as x; or the states at every time, (T, ...) in front. Of an
+            empty batch an empty one.
 
         Raises:
             SolverError: The solver fails; it says how and what to try.
@@ -163,6 +164,8 @@ class NeuralODE(Solver):
         forward, backward, sampling = (
             _Counted(field, tensors, single, self._counts, place) for place in range(3)
         )
+        if not any(part.numel() for part in x):
+            return _nothing(forward, x, t)
         method, back = (_for_parts(m, single) for m in (self.method, self.adjoint_method))
         if not torch.is_grad_enabled():
             return solve(forward, x, t, method, where=where)
@@ -318,6 +321,19 @@ class _Counted:
                 f"{shapes[1]}; dx/dt must be shaped as x"
             )
         return found
+
+
+def _nothing(field: Field, x: Parts, t: Tensor) -> Parts:
+    """States of no samples at every time: a solver cannot measure them.
+
+    The field is evaluated all the same, so that its weights have gradients (of zero), as those of
+    any layer on an empty batch.
+    """
+    slopes = field(t[0], x)
+    return tuple(
+        torch.stack([part + (time - t[0]) * f.to(part.dtype) for time in t])
+        for part, f in zip(x, slopes, strict=True)
+    )
 
 
 def _for_parts(method: Method, single: bool) -> Method:
