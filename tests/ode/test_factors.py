@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from ode.blocks import TIGHT, gathered, locations, make, reference, relative
+from ode.blocks import (
+    TIGHT,
+    batch,
+    gathered,
+    locations,
+    make,
+    reference,
+    relative,
+    snopt,
+    steady,
+)
 
 import ocnopt
 from ocnopt.ode import NeuralODE
@@ -128,7 +138,10 @@ def test_a_pass_for_other_gradients_does_not_count():
         assert torch.equal(found.moments[player].signals, signals)
 
 
-@pytest.mark.parametrize("how", ["optimizer", "model", "by hand"])
+HOW = ["optimizer", "model", "model in place", "by hand", "by hand in place"]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_gradients_that_were_thrown_away_are_forgotten(how):
     """As after a step that a loss scaler skipped."""
     field, x = make("Linear")
@@ -138,14 +151,59 @@ def test_gradients_that_were_thrown_away_are_forgotten(how):
     if how == "optimizer":
         optimizer.zero_grad()
         assert found.samples == 0 and not found.moments
-    elif how == "model":
-        block.zero_grad()
+    elif how.startswith("model"):
+        block.zero_grad(set_to_none=how == "model")
     else:
         for p in block.parameters():
-            p.grad = None
+            if how == "by hand":
+                p.grad = None
+            else:
+                p.grad.zero_()
     block(x[:4]).sum().backward()
     assert found.samples == 4
     assert all(m.points == 100 for m in found.moments.values())
+
+
+@pytest.mark.parametrize("adjoint", [True, False])
+@pytest.mark.parametrize("when", ["before the forward pass", "after it"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_batch_that_is_thrown_away_has_no_part_in_the_next_step(in_place, when, adjoint):
+    models = []
+    for skipped in (True, False):
+        model = steady(adjoint=adjoint)
+        optimizer = snopt(model, update_every=1)
+
+        def away(model=model, skipped=skipped):
+            for p in model.parameters() if skipped else ():
+                if in_place:
+                    p.grad.zero_()
+                else:
+                    p.grad = None
+
+        x, y = batch(1, size=5)
+        if skipped:
+            torch.nn.functional.cross_entropy(model(5 * x), y).backward()
+        if when == "before the forward pass":
+            away()
+        x, y = batch(0)
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        if when == "after it":
+            away()
+        loss.backward()
+        optimizer.step()
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_accumulated_gradients_of_zero_are_not_thrown_away():
+    """A pass counts though its gradient is zero: its samples are among those of the mean."""
+    field, x = make("Linear")
+    optimizer = ocnopt.SNOpt(block := NeuralODE(field, **TIGHT), lr=0.1)
+    found = optimizer._solved.statistics
+    (0 * block(x)).sum().backward()
+    block(x[:4]).sum().backward()
+    assert found.samples == 10
 
 
 def test_nothing_is_kept_without_a_backward_pass():

@@ -244,7 +244,9 @@ def test_options_are_checked(options, message):
 
 
 @pytest.mark.parametrize("adjoint", [True, False])
-@pytest.mark.parametrize("when", ["before zero_grad", "after backward", "a batch is skipped"])
+@pytest.mark.parametrize(
+    "when", ["before zero_grad", "after backward", "a batch is skipped", "skipped in place"]
+)
 def test_passes_that_no_step_came_of_do_not_count(when, adjoint):
     """Saliency maps, adversarial examples, batches that are skipped."""
     found = []
@@ -261,7 +263,11 @@ def test_passes_that_no_step_came_of_do_not_count(when, adjoint):
                 loss_of(ode, other).backward()
             if disturbed and when == "before zero_grad":
                 torch.autograd.grad(loss_of(ode, other), other)
-            optimizer.zero_grad()
+            if disturbed and when == "skipped in place":
+                loss_of(ode, other).backward()
+                ode.zero_grad(set_to_none=False)
+            else:
+                optimizer.zero_grad()
             loss_of(ode, x).backward()
             if disturbed and when == "after backward":
                 torch.autograd.grad(loss_of(ode, other), other)

@@ -21,7 +21,7 @@ from ocnopt.control.hooks import Anchored, GradHook, ModuleHook, Receiver
 from ocnopt.control.passes import Pass, TerminalCall, Use, count_samples
 from ocnopt.control.players import Player
 from ocnopt.control.replay import autocast_now
-from ocnopt.control.sampled import sample_of, values_of
+from ocnopt.control.sampled import sample_of, thrown_away
 from ocnopt.control.terminal import TerminalCost
 from ocnopt.errors import RecordingError
 
@@ -143,13 +143,7 @@ class Recorder:
         if not (self.keep_grad and self.passes):
             return
         players = {use.player for recorded in self.passes for use in recorded.received}
-        left = {p: p.grad for player in players for p in player.params if p.grad is not None}
-        # A few entries tell most often; gradients that were zero all along tell nothing.
-        if left and _any([sample_of(p) for p in left]):
-            return
-        if left and not _any([self.samples[p] for p in left if p in self.samples]):
-            return
-        if not any(bool(values_of(grad).any()) for grad in left.values()):
+        if thrown_away((p for player in players for p in player.params), self.samples):
             self.forget()
 
     def hide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -315,11 +309,6 @@ class Recorder:
         elif current is not None and current.calls:
             current.let_go()  # its columns are known
         self._pending = [[] for _ in self.players]
-
-
-def _any(samples: list[Tensor]) -> bool:
-    """Whether any entry is not zero, asked once: a device would be waited for every time."""
-    return bool(samples) and bool(torch.stack([x.any() for x in samples]).any())
 
 
 def _remove(handles: list[Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ocnopt.control.hooks import GradHook
+from ocnopt.control.sampled import sample_of, thrown_away
 from ocnopt.errors import NonFiniteError, OptionError
 from ocnopt.ode.listener import Field, Parts
 from ocnopt.ode.neural_ode import NeuralODE
@@ -138,6 +139,7 @@ class IntegrationTime:
         #: Per backward pass: sums of s and of its square, and samples, of every solve.
         self._passes: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
         self._counted: set[int] = set()
+        self._samples: dict[Tensor, Tensor] = {}  # of the weights' gradients, as accumulated
         self._hooked: set[Tensor] = set()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
@@ -190,13 +192,16 @@ class IntegrationTime:
             self._forget()
         elif trained:
             self._passes = {k: found for k, found in self._passes.items() if k in self._counted}
+            if self._passes and thrown_away(self._samples, self._samples):
+                self._forget()
         self._passes[task] = []
 
     def _forget(self) -> None:
-        self._passes, self._counted = {}, set()
+        self._passes, self._counted, self._samples = {}, set(), {}
 
     def commit(self, index: int, param: Tensor) -> None:
         """A weight's gradient was accumulated in this backward pass."""
+        self._samples[param] = sample_of(param)
         self._counted.add(torch._C._current_graph_task_id())
 
     def sample(self, field: Field, t: Tensor, x: Parts, a: Parts, duration: float) -> None:

@@ -69,6 +69,7 @@ class AdjointStatistics:
         players: Layers of the fields.
         step: Returns D.
         due: Returns the players whose factors are wanted in this backward pass.
+        begin: Called where a backward pass begins and others came before it, which it may clear.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class AdjointStatistics:
         players: Sequence[Player],
         step: Callable[[], float],
         due: Callable[[], Collection[Player]],
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.players = list(players)
         self._step = step
         self._due = due
+        self._begin = begin
         self._passes: dict[int, _Pass] = {}
         self._counted: set[int] = set()
         self._task = -1
@@ -130,6 +133,8 @@ class AdjointStatistics:
         if task not in self._passes:
             if all(q.grad is None for player in self.players for q in player.params):
                 self.clear()  # whatever the passes before this one brought was thrown away
+            if self._passes:
+                self._begin()
             others = {k: p for k, p in self._passes.items() if k in self._counted}
             self._passes = {**others, task: _Pass()}
         self._task = task

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ocnopt.control.hooks import GradHook
 from ocnopt.control.players import Player, find_solved
-from ocnopt.control.sampled import sample_of
+from ocnopt.control.sampled import sample_of, thrown_away
 from ocnopt.control.turns import Turn
 from ocnopt.curvature import Identity
 from ocnopt.curvature.kronecker import EKFAC
@@ -47,9 +47,12 @@ class SolvedLayers:
         #: A few entries of every gradient, as autograd accumulated them.
         self.samples: dict[Tensor, Tensor] = {}
         self._count = 1
-        me = weakref.WeakMethod(self._due)
+        due, begin = weakref.WeakMethod(self._due), weakref.WeakMethod(self._begin)
         self.statistics = AdjointStatistics(
-            self.players, _step_of(self), lambda: found() if (found := me()) else []
+            self.players,
+            _step_of(self),
+            lambda: found() if (found := due()) else [],
+            lambda: found() if (found := begin()) else None,
         )
         for ode in self.odes:
             ode.follow(self.statistics)
@@ -81,6 +84,11 @@ class SolvedLayers:
         """Autograd accumulated a gradient."""
         self.samples[param] = sample_of(param)
         self.statistics.count(torch._C._current_graph_task_id())
+
+    def _begin(self) -> None:
+        """A backward pass begins: forget those before it if the loop threw away what they made."""
+        if thrown_away(self.samples, self.samples):
+            self.clear()
 
     # when factors are wanted
 
