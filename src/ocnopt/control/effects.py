@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["INPLACE_OPERATORS", "Needs", "find_needs", "is_state", "name_of"]
+__all__ = ["INPLACE_OPERATORS", "Needs", "find_needs", "is_state", "name_of", "overwrites"]
 
 #: ``x += y`` and so on, by the names of Python's operator module.
 INPLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
@@ -64,12 +64,15 @@ class Needs:
     order: frozenset[Node]
 
 
-def find_needs(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, Needs]:
+def find_needs(
+    graph: Graph, modules: Mapping[str, nn.Module], home: Callable[[Node], object]
+) -> dict[Node, Needs]:
     """Find what every node of a graph needs.
 
     Args:
         graph: Traced; its order is that of the program.
         modules: What its ``call_module`` nodes call, by target.
+        home: Returns where the memory of a ``get_attr`` node is: the same for views of a tensor.
 
     Returns:
         By node, in the program's order.
@@ -82,7 +85,7 @@ def find_needs(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, Nee
     called: dict[int, Node] = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        overwritten = {place for x in _overwrites(node, modules) for place in memory[x]}
+        overwritten = {place for x in overwrites(node, modules) for place in memory[x]}
         touched = {place for x in inputs for place in memory[x]}
         flow = {*inputs, *(written[place] for place in touched if place in written)}
         order: set[Node] = set()
@@ -101,7 +104,7 @@ def find_needs(graph: Graph, modules: Mapping[str, nn.Module]) -> dict[Node, Nee
                 flow.add(earlier)
         needs[node] = Needs(frozenset(flow), frozenset(order - flow - {node}))
         if node.op == "get_attr":
-            memory[node] = frozenset({node.target})
+            memory[node] = frozenset({home(node)})
         elif _may_alias(node, modules):
             memory[node] = frozenset(place for x in inputs for place in memory[x])
         else:
@@ -130,8 +133,13 @@ def is_state(node: Node, known: Mapping[Node, bool]) -> bool:
     return True
 
 
-def _overwrites(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
-    """The arguments that a node writes into."""
+def overwrites(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
+    """The arguments that a node writes into.
+
+    Args:
+        node: Of a traced graph.
+        modules: What ``call_module`` nodes call, by target.
+    """
     if node.op == "call_module":
         inplace = any(getattr(m, "inplace", False) for m in modules[str(node.target)].modules())
         return node.all_input_nodes if inplace else []
@@ -145,7 +153,7 @@ def _overwrites(node: Node, modules: Mapping[str, nn.Module]) -> list[Node]:
         return _nodes(found)
     found = [node.kwargs.get("out")]
     name = name_of(node)
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     if in_place or node.target in _WRITING or _asks_inplace(node):
         found += [*node.args, *node.kwargs.values()][:1]
     return _nodes(found)
@@ -174,7 +182,7 @@ def _may_alias(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node's result may share memory with an argument; yes where it is not known."""
     if node.op in ("placeholder", "get_attr"):
         return False
-    if _overwrites(node, modules):
+    if overwrites(node, modules):
         return True
     if node.op == "call_module":
         module = modules[str(node.target)]

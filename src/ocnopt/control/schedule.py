@@ -9,6 +9,7 @@ from torch.fx import Node
 from ocnopt.control.effects import Needs, find_needs, is_state, name_of
 from ocnopt.control.placement import Act, Placement
 from ocnopt.control.players import Player
+from ocnopt.control.real_tensors import address_of
 from ocnopt.control.tracing import Traced
 from ocnopt.layers.norm import AffineLayer
 
@@ -26,13 +27,17 @@ class Program:
     def __init__(self, traced: Traced, players: Sequence[Player]) -> None:
         self.traced = traced
         self.nodes: list[Node] = list(traced.graph.nodes)
-        self.needs = find_needs(traced.graph, traced.modules)
+        self.needs = find_needs(traced.graph, traced.modules, self._home)
         #: Nodes that depend on no input: parameters, and what is made of constants alone.
         self.fixed: set[Node] = set()
         self.state: dict[Node, bool] = {}
         self.acting: dict[Node, int] = {}
         self._find_players(players)
         self.acts = self._find_acts()
+
+    def _home(self, node: Node) -> object:
+        """Where the tensor is that a node reads from the model or the trace."""
+        return address_of(self.traced.value(node, {})) or node.target
 
     def _find_players(self, players: Sequence[Player]) -> None:
         """Number the nodes at which players act; what uses them again needs those."""
@@ -124,8 +129,9 @@ class Schedule:
         for node in program.nodes:
             if node.op.startswith("call"):
                 self.nodes[stage[node]].append(node)
-            if node.op != "get_attr":
-                for t in range(stage[node] + 1, last[node] + 1):
+            anew = program.traced.made_anew(node)
+            if node.op != "get_attr" or anew:
+                for t in range(0 if anew else stage[node] + 1, last[node] + 1):
                     self.carried[t].append(node)
 
     def _assign(self, stages: Sequence[int]) -> Mapping[Node, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "has_memory"]
 
 #: How far from a module things are kept: attributes are one step away, a dict in a list three.
 _DEPTH = 4
@@ -89,7 +89,7 @@ def _reachable(model: nn.Module) -> Iterator[Tensor | torch.Generator | Containe
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            if _plain(value):
+            if has_memory(value):
                 yield value
             continue
         if isinstance(value, torch.Generator | dict | list | set | deque):
@@ -112,7 +112,7 @@ def _parts(value: Any) -> Iterator[Any]:
         yield attributes
 
 
-def _plain(x: Tensor) -> bool:
+def has_memory(x: Tensor) -> bool:
     """Whether a tensor has memory that can be kept: none that wraps others, none without any."""
     if is_lazy(x) or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False

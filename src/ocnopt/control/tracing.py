@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ocnopt.control.effects import INPLACE_OPERATORS
+from ocnopt.control.effects import INPLACE_OPERATORS, overwrites
 from ocnopt.control.players import Player, Solver
+from ocnopt.control.real_tensors import RealTensors
 from ocnopt.control.snapshot import Snapshot
 from ocnopt.control.undisturbed import Inputs, same_result, silent, unwatched
 from ocnopt.errors import GraphError
@@ -35,6 +36,8 @@ class Traced:
         model: The model; parameters and buffers are read from it at every run.
         graph: Its graph.
         constants: What else the graph reads by name.
+        anew: Those of them that every call of the model makes anew. A run has copies, and may write
+            into them.
         signature: Of the model's forward.
         spec: Structure of the output where the graph returns a flat list, else None; then
             placeholders stand for the flattened arguments.
@@ -45,12 +48,14 @@ class Traced:
         model: nn.Module,
         graph: fx.Graph,
         constants: Mapping[str, Any],
+        anew: Collection[str],
         signature: inspect.Signature,
         spec: Any = None,
     ) -> None:
         self.model = model
         self.graph = graph
         self.constants = constants
+        self.anew = frozenset(anew)
         self.signature = signature
         self.spec = spec
         self.modules = {
@@ -64,17 +69,26 @@ class Traced:
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
         constants = copy.deepcopy(dict(self.constants))
-        return Traced(model, graph, constants, self.signature, self.spec)
+        return Traced(model, graph, constants, self.anew, self.signature, self.spec)
+
+    def made_anew(self, node: Node) -> bool:
+        """Whether a node reads what every call of the model makes anew."""
+        return node.op == "get_attr" and str(node.target) in self.anew
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Node, Any]:
-        """Values of the placeholders for a call of the model."""
+        """Values of the placeholders for a call of the model, and what the call makes anew."""
         bound = self.signature.bind(*args, **kwargs)
         holders = [node for node in self.graph.nodes if node.op == "placeholder"]
         if self.spec is not None:
-            leaves = tree_flatten((bound.args, bound.kwargs))[0]
-            return dict(zip(holders, leaves, strict=True))
-        bound.apply_defaults()
-        return dict(zip(holders, bound.arguments.values(), strict=True))
+            given: Iterable[Any] = tree_flatten((bound.args, bound.kwargs))[0]
+        else:
+            bound.apply_defaults()
+            given = bound.arguments.values()
+        values = dict(zip(holders, given, strict=True))
+        # Copied together, so that views of one another still are.
+        anew = copy.deepcopy({name: self.constants[name] for name in self.anew})
+        nodes = (node for node in self.graph.nodes if self.made_anew(node))
+        return values | {node: anew[str(node.target)] for node in nodes}
 
     def compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
         """The result of a node that is neither placeholder nor output."""
@@ -88,7 +102,7 @@ class Traced:
 
     def value(self, node: Node, values: Mapping[Node, Any]) -> Any:
         """The value of a node that was computed, or what the model or the trace holds."""
-        if node.op != "get_attr":
+        if node.op != "get_attr" or node in values:
             return values[node]
         target = str(node.target)
         if target in self.constants:
@@ -219,9 +233,11 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # else a buffer would be written into while tracing
 
-    def __init__(self, players: list[Player]) -> None:
+    def __init__(self, players: list[Player], real: RealTensors) -> None:
         super().__init__()
         self._own = {id(player.module) for player in players}
+        self._real = real
+        self._constants: dict[Node, Tensor] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module becomes one node."""
@@ -230,6 +246,22 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not any(
             id(child) in self._own for child in m.modules()
         )
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands for an argument in the graph; of a real tensor, where it is kept."""
+        found = super().create_arg(a)
+        if isinstance(a, Tensor) and isinstance(found, Node):
+            self._constants[found] = a
+            self._real.given_to_graph(a)
+        return found
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """A node; what it overwrites is known from here on."""
+        node = super().create_node(*args, **kwargs)
+        if self._constants:
+            for x in overwrites(node, dict(self.root.named_modules())):
+                self._real.overwritten_by_graph(self._constants.get(x))
+        return node
 
     def proxy(self, node: Node) -> fx.Proxy:
         """The stand-in for a node's result."""
@@ -243,15 +275,16 @@ def _symbolic(model: nn.Module, players: list[Player], inputs: Inputs | None) ->
     # Tracing must see what is no tensor, defaults included, as it is: `if mask is None`.
     fixed = {k: v for k, v in _arguments(signature, inputs).items() if _plain(v)}
     before = set(vars(model))
-    with torch.no_grad():
-        graph = _Tracer(players).trace(model, concrete_args=fixed or None)
-    # Tensors made on the way are stored in the model.
+    with torch.no_grad(), RealTensors() as real:
+        graph = _Tracer(players, real).trace(model, concrete_args=fixed or None)
+    # Tensors that are none of the model's are stored in it on the way.
     constants = {name: vars(model)[name] for name in set(vars(model)) - before}
+    anew = [name for name, value in constants.items() if real.made(value) and value.is_leaf]
     holders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name in zip(holders, signature.parameters, strict=True):
         if name in fixed:
             node.meta["val"] = fixed[name]
-    return Traced(model, graph, constants, signature)
+    return Traced(model, graph, constants, anew, signature)
 
 
 def _exported(model: nn.Module, inputs: Inputs) -> Traced:
@@ -275,4 +308,5 @@ def _exported(model: nn.Module, inputs: Inputs) -> Traced:
         if node.op == "get_attr" and node.target not in own
     }
     codegen: Any = made.graph._codegen
-    return Traced(model, made.graph, constants, signature, codegen.pytree_info.out_spec)
+    # What a call makes anew is made by a node.
+    return Traced(model, made.graph, constants, (), signature, codegen.pytree_info.out_spec)
