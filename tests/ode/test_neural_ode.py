@@ -339,6 +339,54 @@ def test_times_are_not_rounded_to_half_precision(dtype):
     assert torch.equal(again[1].t1, model[1].t1)
 
 
+def single(**options):
+    """A block of single precision, though the tests are in double."""
+    torch.set_default_dtype(torch.float32)
+    try:
+        return NeuralODE(timed(), **options)
+    finally:
+        torch.set_default_dtype(torch.float64)
+
+
+CASTS = {
+    "double": lambda block: block.double(),
+    "to": lambda block: nn.Sequential(block).to(torch.float64)[0],
+    "through half": lambda block: block.bfloat16().double(),
+    "back and forth": lambda block: block.double().float().double(),
+    "of a copy": lambda block: pickle.loads(pickle.dumps(copy.deepcopy(block))).double(),
+    "of one that was loaded": lambda block: loaded(single(t0=-0.1, t1=0.7), block).double(),
+}
+
+
+def loaded(block, other):
+    block.load_state_dict(other.state_dict())
+    return block
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_times_are_as_given_in_double_precision(cast):
+    """0.7 is 0.699999988 in single precision, to which it had been rounded before."""
+    block = single(t0=-0.1, t1=0.7)
+    assert float(block.t1) != 0.7 and block.t1.dtype == torch.float32
+    keys = list(block.state_dict())
+    block = CASTS[cast](block)
+    assert (float(block.t0), float(block.t1)) == (-0.1, 0.7)
+    assert block.t1.dtype == torch.float64
+    assert list(block.state_dict()) == keys
+
+
+def test_times_that_were_changed_are_cast_as_they_are():
+    block = single(t1=0.7)
+    block.t1.fill_(0.3)
+    assert float(block.double().t1) == float(torch.tensor(0.3, dtype=torch.float32))
+    old = single(t1=0.7)
+    del old._given  # as in a pickle of an earlier version
+    assert float(old.double().t1) == float(torch.tensor(0.7, dtype=torch.float32))
+    double = single(t1=0.7).double()
+    double.load_state_dict(single(t1=0.7).state_dict())
+    assert float(double.t1) == float(torch.tensor(0.7, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_half_precision_is_solved_or_named(method):
     options = {"options": {"step_size": 0.1}} if method == "rk4" else {"rtol": 1e-2, "atol": 1e-2}

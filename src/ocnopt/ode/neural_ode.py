@@ -107,8 +107,9 @@ class NeuralODE(Solver):
             atol=atol if adjoint_atol is None else adjoint_atol,
             options={k: v for k, v in self.method.options.items() if k != "norm"},
         )
-        self.register_buffer("t0", torch.tensor(float(t0)))
-        self.register_buffer("t1", torch.tensor(float(t1)))
+        self._given = {"t0": float(t0), "t1": float(t1)}
+        for name, time in self._given.items():
+            self.register_buffer(name, torch.tensor(time))
         self.t0: Tensor
         self.t1: Tensor
         self._counts = [0, 0, 0]
@@ -211,14 +212,23 @@ class NeuralODE(Solver):
         super().__setstate__({**state, "_listeners": weakref.WeakSet()})  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeuralODE:
-        """Move or cast; times are not rounded to a model's half precision."""
+        """Move or cast; times are as given in double precision, and not rounded to half."""
         before = {name: self._buffers.get(name) for name in ("t0", "t1")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
             now = self._buffers.get(name)
-            if kept is not None and now is not None and now.dtype.itemsize < 4:
+            if kept is None or now is None:
+                continue
+            if now.dtype.itemsize < 4:
                 self._buffers[name] = kept.to(now.device)
+            elif now.dtype.itemsize > kept.dtype.itemsize and self._is_given(name, kept):
+                self._buffers[name] = torch.full_like(now, self._given[name])
         return self
+
+    def _is_given(self, name: str, time: Tensor) -> bool:
+        """Whether a time is the constructor's, rounded to its own precision."""
+        given = vars(self).get("_given", {}).get(name)  # pickles of before have none
+        return given is not None and not time.is_meta and bool(time == time.new_tensor(given))
 
     # counts
 
