@@ -7,6 +7,7 @@ import pytest
 from command_line import one_line
 
 from ocnopt import cli
+from ocnopt.experiments.data.sets import SERIES, SETS
 from ocnopt.experiments.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def run(*words):
     return cli.main(["compare", *words])
 
 
-def test_help_is_light_and_names_every_recipe(capsys):
+def test_help_is_light_and_names_every_recipe_and_data_set(capsys):
     script = (
         "import sys; from ocnopt.cli import main; code = main(['compare', '--help']);"
         "sys.exit('torch' in sys.modules or code)"
@@ -38,6 +39,7 @@ def test_help_is_light_and_names_every_recipe(capsys):
         assert cli.main([command, "--help"]) == 0
         words = "".join(capsys.readouterr().out.replace("│", " ").split())
         assert all(name in words for name in RECIPES)
+        assert all(name in words for name in SETS.keys() - SERIES.keys())
 
 
 def test_a_table_for_people_and_the_files(capsys, here):
