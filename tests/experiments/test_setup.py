@@ -1,16 +1,20 @@
 """Data, networks and optimizers by name, and what users bring along."""
 
 import itertools
+import os
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import ocnopt
 from ocnopt.experiments import setup
 from ocnopt.experiments.config import TrainConfig
 from ocnopt.experiments.errors import InputError
-from ocnopt.experiments.own import find
+from ocnopt.experiments.own import find, told
 from ocnopt.experiments.setup import build_network, load_data, total_steps
 from ocnopt.experiments.training import train
 
@@ -225,6 +229,20 @@ def test_what_an_own_function_raises_is_said_with_the_place(own, attribute, says
     if attribute != "net":
         with pytest.raises(InputError, match=f"^dataset {name}:{attribute} {says}$"):
             load_data(own_run(dataset=f"{name}:{attribute}", batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "folder", [Path(ocnopt.__file__).parent, *map(sysconfig.get_path, ("stdlib", "purelib"))]
+)
+def test_a_folder_whose_name_begins_like_a_librarys_is_the_users(folder):
+    for place, theirs in ((f"{folder}-of-mine", True), (str(folder), False)):
+        code = compile("import json\njson.loads('{')\n", f"{place}{os.sep}x.py", "exec")
+        try:
+            exec(code)
+        except ValueError as error:
+            line = told(error)
+        assert ("(x.py, line 2)" in line) == theirs
+        assert (Path(__file__).name in line) != theirs
 
 
 @pytest.mark.parametrize(

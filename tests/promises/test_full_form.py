@@ -320,3 +320,28 @@ def test_low_precision(dtype, order):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.dtype == dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("terminal", ["full", "gauss-newton"])
+def test_a_layer_that_was_frozen_refreshes_its_factors_with_the_others_again(terminal, kind):
+    """Refreshes are due in steps 0, 4, 8 and 12; who is away in step 8 has its own when back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    rules = {"kfac": ocnopt.curvature.KFAC, "ekfac": ocnopt.curvature.EKFAC}
+    rule = rules[kind](update_every=4)
+    optimizer = ocnopt.DDPNOpt(model, CRITERION, lr=0.01, preconditioner=rule, terminal=terminal)
+    away, others = model[2], (model[0], model[4])
+    refreshed = {layer: [] for layer in (away, *others)}
+    for i in range(14):
+        away.requires_grad_(not 5 <= i < 10)
+        optimizer.zero_grad()
+        CRITERION(model(torch.randn(6, 3)), torch.randint(2, (6,))).backward()
+        optimizer.step()
+        for layer, steps in refreshed.items():
+            last = optimizer.state[layer.weight]["refreshed"]
+            if last not in steps:
+                assert last == i
+                steps.append(last)
+    assert refreshed[away] == [0, 4, 10, 12]
+    assert all(refreshed[layer] == [0, 4, 8, 12] for layer in others)
