@@ -335,3 +335,49 @@ def test_a_wrapped_function_takes_torchs_keywords():
         seen.append(trained(by_keyword, criterion, loss_of(named)))
     for a, b in zip(*(m.parameters() for m in seen), strict=True):
         assert torch.equal(a, b)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.Tanh())
+        self.one, self.other = nn.Linear(7, 3), nn.Linear(7, 3)
+
+    def forward(self, x):
+        z = self.body(x)
+        return self.one(z), self.other(z)
+
+
+def difference(name, w, **options):
+    """The update, and the optimizer, after a step on one loss less a multiple of another."""
+    torch.manual_seed(0)
+    model, criterion = TwoHeads().double(), nn.CrossEntropyLoss()
+    optimizer = OPTIMIZERS[name](model, criterion, **options)
+    x, y = batch()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    one, other = model(x)
+    (criterion(one, y) - w * criterion(other, y)).backward()
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return after - before, optimizer
+
+
+@pytest.mark.parametrize("terminal", ["bounded", "matched", "gauss-newton"])
+@pytest.mark.parametrize("name", ["DDPNOpt-identity", "DDPNOpt-kfac", "DDPNOpt-ekfac"])
+def test_a_loss_less_another_is_no_small_loss(name, terminal):
+    """The sum of their weights cancels; neither M nor the feedback may follow it."""
+    half, _ = difference(name, 0.5, terminal=terminal)
+    near, _ = difference(name, 0.999, terminal=terminal)
+    same, optimizer = difference(name, 1.0, terminal=terminal)
+    over, _ = difference(name, 1.001, terminal=terminal)
+    assert near.norm() > 0.5 * half.norm()
+    assert (near - same).norm() < 0.01 * same.norm()
+    assert (over - same).norm() < 0.01 * same.norm()
+    assert optimizer.diagnostics.total.feedback_share > 0
+
+
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC"])
+def test_factors_of_a_loss_less_another_are_those_of_its_size(name):
+    near, _ = difference(name, 0.999)
+    same, _ = difference(name, 1.0)
+    assert (near - same).norm() < 0.01 * same.norm()

@@ -26,7 +26,8 @@ class Batch:
 
     Attributes:
         samples: B.
-        weight: What a sample's own cost counts in the total, a number or (B,).
+        weight: What a sample's own cost counts in the total, a number or (B,). Several calls of
+            the criterion make one cost, their mean weighted as the loop weights them.
         lift: ``1 / weight``, a number or (B,); zero where the weight is.
         v: Value coefficients at the output, (B,) or (B, r).
         k: Value Hessian coefficients at the output, (B,) or (B, r, r).
@@ -142,9 +143,7 @@ def gather(
             continue
         device = next(iter(table)).params[0].device
         dtype = to_float(next(iter(table)).params[0].dtype)
-        scale: float | Tensor = 0.0
-        for call in calls:
-            scale = scale + _scale(call, samples)
+        scale = _total([_scale(call, samples) for call in calls])
         if not calls:
             # Without the criterion the loss is taken to be the mean over all samples at hand.
             scale = samples / everyone if reduction == "mean" else 1.0
@@ -196,6 +195,23 @@ def _scale(call: TerminalCall, samples: int) -> float | Tensor:
     return call.scale.reshape(samples, -1).mean(1)
 
 
+def _total(scales: list[float | Tensor]) -> float | Tensor:
+    """What a sample's costs count together: their sum, or that of their sizes if signs differ.
+
+    A difference of two costs is no small cost: measured by a sum that cancels, M would be huge.
+    """
+    total: float | Tensor = 0.0
+    sizes: float | Tensor = 0.0
+    for scale in scales:
+        total, sizes = (
+            total + scale,
+            sizes + (abs(scale) if isinstance(scale, float) else scale.abs()),
+        )
+    if isinstance(total, float):
+        return sizes if total >= 0 else -sizes
+    return torch.where(total >= 0, sizes, -sizes)
+
+
 def _ratio(part: float | Tensor, whole: float | Tensor) -> float | Tensor:
     """``part / whole``, zero where the whole is: a sample without weight takes no part."""
     if isinstance(whole, float):
@@ -239,14 +255,17 @@ def _terminal_values(
             if len(parts) == len(calls):
                 # A loss of zero has no gradient to bound; one below zero has no such bound.
                 least = add_all([(part.to(dtype),) for part in parts])[0].mul(2 * count)
-                least = least.reciprocal_()
-                kappa = torch.maximum(kappa, least.nan_to_num_(0.0, 0.0, 0.0))
+                least = least.reciprocal_().nan_to_num_(0.0, 0.0, 0.0)
+                for part in parts if len(parts) > 1 else []:
+                    least = least.where(part >= 0, 0.0)
+                kappa = torch.maximum(kappa, least)
         return v, kappa if up is True else kappa * up
     parts = []
     for call in calls:
         size = call.output.numel() // samples
         factor = _ratio(_scale(call, samples), scale) * count * up
-        part = torch.as_tensor(factor, dtype=dtype, device=device).expand(samples)
+        # Nor has a cost that is subtracted from others a positive part.
+        part = torch.as_tensor(factor, dtype=dtype, device=device).clamp_min(0).expand(samples)
         parts.append(part[:, None].expand(samples, size))
     diagonal = torch.cat([torch.zeros(samples, 1, dtype=dtype, device=device), *parts], 1)
     first = torch.zeros_like(diagonal)
