@@ -1,5 +1,7 @@
 """Every layer kind against autograd: gradients, per sample and summed, application, Gram."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.func import functional_call, grad, vmap
 
 import ocnopt.curvature.metric as metrics
 from ocnopt.curvature.eigen import Eigen
+from ocnopt.layers import conv as conv_layer
 from ocnopt.layers import kind_of
 
 torch.manual_seed(0)
@@ -212,6 +215,17 @@ def test_sample_gradients(case):
     c = Case(*case)
     g = c.columns[0]
     close(c.layer.sample_gradients(c.a, g), c.sample_gradients(g))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
+def test_sample_gradients_from_patches_and_from_convolutions(name, monkeypatch):
+    """Which of the two it is depends on sizes; both are right."""
+    c = Case(name)
+    g = c.columns[0]
+    expected = c.sample_gradients(g)
+    for many in (0, math.inf):
+        monkeypatch.setattr(conv_layer, "MANY", many)
+        close(c.layer.sample_gradients(c.a, g), expected)
 
 
 @ALL

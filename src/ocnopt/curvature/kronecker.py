@@ -30,7 +30,7 @@ class Factored(Preconditioner):
     damping: float = 0.1
     decay: float = 0.9
     update_every: int = 10
-    gram_tolerance: float = 0.01
+    gram_tolerance: float = 0.1
 
     decay_first: ClassVar[bool] = False
     factored: ClassVar[bool] = True

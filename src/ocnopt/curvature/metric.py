@@ -117,6 +117,17 @@ class Diagonal(Metric):
         """The same in place."""
         return tuple(p.div_(s) for p, s in zip(params, self.scales, strict=True))
 
+    def sample_gram(self, gradients: Params) -> Tensor:
+        """``sum G_k G_l / m``; one column's gradients are squared, and read once more."""
+        if gradients[0].shape[1] > 1:
+            return super().sample_gram(gradients)
+        total: Tensor | float = 0.0
+        for g, scale, rate in zip(gradients, self.scales, self.rates, strict=True):
+            spread = scale.reciprocal().mul_(rate).flatten()
+            total = total + g.flatten(1).square().to(spread.dtype) @ spread
+        assert isinstance(total, Tensor)
+        return total[:, None, None]
+
     def solve_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """Division by the scales of the rows touched."""
         return rows * self.rates[0] / self.scale_rows(index)

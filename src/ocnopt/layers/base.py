@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 Params = tuple[Tensor, ...]
 Capture = tuple[Any, ...]
 
-#: Elements of per-sample gradients that are formed at once when they are only needed for a sum.
-CHUNK = 1 << 24
+#: Elements of per-sample gradients that are formed at once when they are only needed for a sum. So
+#: many stay in a cache, and their memory is used again for the next.
+CHUNK = 1 << 22
 
 
 def inner(left: Params, right: Params, keep: int) -> Tensor:
@@ -123,7 +124,10 @@ class Layer(ABC):
     def column_gradients(self, a: Tensor, columns: Tensor, fold: int = 1) -> Params:
         """Per-sample gradients of every column, each (B, r, *parameter)."""
         per_column = [self.sample_gradients(a, column) for column in columns]
-        stacked = (torch.stack(parts, 1) for parts in zip(*per_column, strict=True))
+        stacked = (
+            parts[0].unsqueeze(1) if len(parts) == 1 else torch.stack(parts, 1)
+            for parts in zip(*per_column, strict=True)
+        )
         if fold == 1:
             return tuple(stacked)
         return tuple(p.reshape(p.shape[0] // fold, fold, *p.shape[1:]).sum(1) for p in stacked)
