@@ -41,11 +41,11 @@ CYCLE = 10
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: residual_cnn(ResidualCNN((16, 32, 64)), SHAPE, CLASSES),
     "inception": lambda: inception(Inception((16, 32, 64)), SHAPE, CLASSES),
-    "wide": lambda: residual_cnn(ResidualCNN((64, 128, 256), norm="batch"), SHAPE, CLASSES),
+    "wide": lambda: residual_cnn(ResidualCNN((64, 256), norm="batch"), SHAPE, CLASSES),
 }
 #: Steps of a run, fewer where one takes long, and those of its last that count.
-STEPS = {"residual": 150, "inception": 150, "wide": 50}
-LAST = 30
+STEPS = {"residual": 150, "inception": 150, "wide": 25}
+LAST = 20
 
 
 def dgnopt(model: nn.Module, information: str, tolerance: float, **options: Any) -> ocnopt.DGNOpt:
