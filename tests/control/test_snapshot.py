@@ -182,6 +182,32 @@ def test_random_states_are_put_back(exported):
     assert states() == before
 
 
+def drawn_from_its_own(net, y):
+    net.dice.random()
+    net.dice.gauss(0, 1)
+    net.system.random()
+    net.modern.random()
+    net.legacy.randn()
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_generators_of_python_and_numpy_that_a_model_holds_are_put_back(exported):
+    def states():
+        legacy = net.legacy.get_state()
+        return (
+            net.dice.getstate(),
+            net.modern.bit_generator.state,
+            (legacy[1].tolist(), *legacy[2:]),
+        )
+
+    net = Net(drawn_from_its_own, exported)
+    net.dice, net.system = random.Random(1), random.SystemRandom()
+    net.modern, net.legacy = np.random.default_rng(1), np.random.RandomState(1)
+    before = states()
+    looked_at(net)
+    assert states() == before
+
+
 @pytest.mark.filterwarnings("ignore")  # it cannot be looked into, and scripting has had its day
 def test_a_scripted_part():
     """The model trains with it, and hooks before and behind it stay."""

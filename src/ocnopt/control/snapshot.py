@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -14,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from ocnopt.control.random_states import RandomState, shared_states, state_of
 
 __all__ = ["Snapshot", "has_memory"]
 
@@ -37,11 +37,12 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._undo = list(_random_states())
+        self._random = list(shared_states())
+        self._undo: list[Callable[[], object]] = []
         memory: set[tuple[torch.device, int]] = set()
         for found in _reachable(model):
-            if isinstance(found, torch.Generator):
-                self._undo.append(partial(found.set_state, found.get_state()))
+            if isinstance(found, RandomState):
+                self._random.append(found)
             elif isinstance(found, Tensor):
                 self._undo.append(_Identity(found).restore)
                 address = found.device, found.untyped_storage().data_ptr()
@@ -50,6 +51,7 @@ class Snapshot:
                     self._undo.append(_Memory(found).restore)
             else:
                 self._undo.append(partial(_refill, found, _contents(found)))
+        self._undo[:0] = [state.restore for state in self._random]
 
     def __enter__(self) -> None:
         pass
@@ -66,19 +68,8 @@ class Snapshot:
                 stack.callback(undo)
 
 
-def _random_states() -> Iterator[Callable[[], object]]:
-    """What sets the random states that there are to what they are now."""
-    yield partial(torch.set_rng_state, torch.get_rng_state())
-    if torch.cuda.is_initialized():
-        yield partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
-    yield partial(random.setstate, random.getstate())
-    numpy: Any = sys.modules.get("numpy.random")  # who has not loaded it draws nothing from it
-    if numpy is not None:
-        yield partial(numpy.set_state, numpy.get_state())
-
-
-def _reachable(model: nn.Module) -> Iterator[Tensor | torch.Generator | Container]:
-    """Tensors, generators and containers that the modules hold, each once, the nearest first."""
+def _reachable(model: nn.Module) -> Iterator[Tensor | RandomState | Container]:
+    """Tensors, random states and containers that the modules hold, each once, the nearest first."""
     seen: set[int] = set()
     # Scripted modules keep their tensors where they cannot be found among the attributes.
     roots = (*model.modules(), *model.parameters(), *model.buffers())
@@ -92,7 +83,10 @@ def _reachable(model: nn.Module) -> Iterator[Tensor | torch.Generator | Containe
             if has_memory(value):
                 yield value
             continue
-        if isinstance(value, torch.Generator | dict | list | set | deque):
+        state = state_of(value)
+        if state is not None:
+            yield state
+        elif isinstance(value, dict | list | set | deque):
             yield value
         if isinstance(value, nn.Module):
             depth = 0  # one that a list hides from its parent counts as any other
