@@ -8,6 +8,7 @@ import games
 import numpy as np
 import pytest
 import torch
+from control.test_random_paths import CHANCE, Deep
 from promises.conformance import (
     assert_state_equal,
     assert_weights_close,
@@ -69,6 +70,31 @@ def test_an_interrupted_game_goes_on_bit_for_bit(dtype, make, kind):
     assert first.state_dict()["alignment"] == second.state_dict()["alignment"]
     assert len(first.diagnostics.rounds) == 5
     assert len({done.arm for done in first.diagnostics.rounds}) == 2
+
+
+@pytest.mark.parametrize("alignment", ["late", "random", "epsilon-greedy"])
+def test_a_game_of_random_depth_goes_on_bit_for_bit_where_it_was_found_by_other_numbers(alignment):
+    def built(seed):
+        torch.manual_seed(seed)
+        model = Deep(CHANCE["torch"]).double()
+        return model, dgnopt(model, nn.CrossEntropyLoss(), alignment=alignment, momentum=0.5)
+
+    for seed in range(1, 5):
+        one, first = built(0)
+        criterion = first.criterion
+        train(one, first, 5, criterion)
+        model_state, state = saved(one.state_dict()), saved(first.state_dict())
+        drawn = torch.get_rng_state()
+        train(one, first, 5, criterion, 5)
+
+        two, second = built(seed)
+        two.load_state_dict(model_state)
+        second.load_state_dict(state)
+        torch.set_rng_state(drawn)
+        train(two, second, 5, second.criterion, 5)
+        assert_weights_equal(one, two)
+        assert_state_equal(first.state_dict(), second.state_dict())
+        assert second.game.alignments == 2
 
 
 def test_switching_alignments_keeps_every_layers_state():

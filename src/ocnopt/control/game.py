@@ -194,7 +194,8 @@ class Game:
         Bit for bit what the model computes, whatever the alignment; in training mode as far as
         that draws no random numbers. A game found by export computes what the model computes with
         gradients enabled: without them, evaluation may take another kernel. Forward hooks of
-        modules that the trace keeps whole are called, those of others are not.
+        modules that the trace keeps whole are called, those of others are not. Where random numbers
+        decide which layers act in training, it computes what the model does in evaluation.
 
         Args:
             *args: Of the model.
@@ -321,7 +322,7 @@ class Game:
         key = call_key(self._model, (args, kwargs), shapes=self._found.traced.spec is not None)
         if key not in self._programs:
             players = list(self.players)
-            program = Program(trace(self._model, players, (args, kwargs)), players)
+            program = _traced(self._model, players, (args, kwargs))
             if program.acts != self._placement.acts:
                 raise GraphError(
                     "the network is another one in this mode or for these inputs; find its game "
@@ -338,6 +339,9 @@ def find_game(
 ) -> Game:
     """Find the game of a network from its code, in the mode it is in.
 
+    It does not depend on random states. Where random numbers decide which layers act, as with
+    stochastic depth in Python code, it is the game of evaluation mode.
+
     Args:
         model: The model; left as it was.
         players: Its players, as ``find_players(model)[0]`` has them; None finds them.
@@ -348,14 +352,19 @@ def find_game(
         The game.
 
     Raises:
-        GraphError: The network cannot be traced, or none of its players acts; see
-            :meth:`Game.described`.
+        GraphError: The network cannot be traced, random numbers decide which layers act in
+            evaluation, too, or none of its players acts; see :meth:`Game.described`.
     """
     if players is None:
         players = find_players(model)[0]
-    traced = trace(model, players, inputs)
-    program = Program(traced, players)
+    program = _traced(model, players, inputs)
     if players and not program.acts:
         raise GraphError(f"no player of {type(model).__name__} acts in its forward")
-    key = call_key(model, inputs, shapes=traced.spec is not None)
+    key = call_key(model, inputs, shapes=program.traced.spec is not None)
     return Game(model, players, program.acts, program, key)
+
+
+def _traced(model: nn.Module, players: list[Player], inputs: Inputs | None) -> Program:
+    """The program of a model, whose acts depend on no random numbers."""
+    traced = trace(model, players, inputs, lambda found: Program(found, players).acts)
+    return Program(traced, players)

@@ -53,6 +53,15 @@ class Snapshot:
                 self._undo.append(partial(_refill, found, _contents(found)))
         self._undo[:0] = [state.restore for state in self._random]
 
+    def drawn(self) -> bool:
+        """Whether a random state, of the program or of the model, is another one now."""
+        return any(state.moved() for state in self._random)
+
+    def seed(self, number: int) -> None:
+        """Set the random states to what a number stands for, until this ends."""
+        for state in self._random:
+            state.seed(number)
+
     def __enter__(self) -> None:
         pass
 

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.effects import INPLACE_OPERATORS, overwrites
 from ocnopt.control.players import Player, Solver
+from ocnopt.control.random_paths import RandomPathError, steady
 from ocnopt.control.real_tensors import RealTensors
 from ocnopt.control.snapshot import Snapshot
-from ocnopt.control.undisturbed import Inputs, same_result, silent, unwatched
+from ocnopt.control.undisturbed import Inputs, evaluation, same_result, silent, unwatched
 from ocnopt.errors import GraphError
 
 __all__ = ["Traced", "call_key", "trace", "unwrapped"]
@@ -124,44 +125,89 @@ class Traced:
         return self.output(values)
 
 
-def trace(model: nn.Module, players: list[Player], inputs: Inputs | None) -> Traced:
+def trace(
+    model: nn.Module,
+    players: list[Player],
+    inputs: Inputs | None,
+    kind: Callable[[Traced], object],
+) -> Traced:
     """Trace a model in the mode it is in, and leave it as it was.
+
+    Where that depends on random numbers, in evaluation mode: stochastic depth has all layers there.
 
     Args:
         model: The model.
         players: Its players, which symbolic tracing keeps whole.
         inputs: Positional and keyword arguments of a call, or None.
+        kind: What of a trace must not depend on random numbers.
 
     Raises:
         GraphError: The model cannot be traced.
     """
     model = unwrapped(model)
-    ways: dict[str, Callable[[], Traced]] = {"torch.fx": lambda: _symbolic(model, players, inputs)}
-    if inputs is not None:
-        ways["torch.export"] = lambda: _exported(model, inputs)
-    failures = []
     with unwatched(model), silent():
-        snapshot = Snapshot(model)
-        for way, make in ways.items():
+        try:
+            return _in_this_mode(model, players, inputs, kind)
+        except _UntracedError as failed:
+            failures = failed.reasons
+            evaluate = failed.by_chance and any(m.training for m in model.modules())
+        if evaluate:
             try:
-                # A forward that stores what it computes would store stand-ins; the tracer stores
-                # constants; and what has no stand-in is written into in earnest.
-                with snapshot:
-                    traced = make()
-                # Exported operations are those of the model with gradients enabled.
-                with torch.set_grad_enabled(traced.spec is not None):
-                    if inputs is None or same_result(model, traced.replay, inputs, snapshot):
-                        return traced
-                failures.append(f"{way}: the trace computes something else than the model")
-            except Exception as error:  # tracers raise whatever the model's code raises
-                text = str(error).strip() or type(error).__name__
-                failures.append(f"{way}: {text.splitlines()[0]}")
-    if inputs is None:
-        failures.append("torch.export: no example inputs were given")
+                with evaluation(model):
+                    return _in_this_mode(model, players, inputs, kind)
+            except _UntracedError as failed:
+                more = [why for why in failed.reasons if why not in failures]
+                failures += [f"in evaluation, {why}" for why in more]
     raise GraphError(
         f"the graph of {type(model).__name__} could not be traced ({'; '.join(failures)}). "
         "Describe its stages by module names: Game.described(model, [['stem'], ['conv'], ...])"
     )
+
+
+class _UntracedError(Exception):
+    """Why no way led to a trace, and whether random numbers may be the cause."""
+
+    def __init__(self, reasons: list[str], by_chance: bool) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+        self.by_chance = by_chance
+
+
+def _in_this_mode(
+    model: nn.Module,
+    players: list[Player],
+    inputs: Inputs | None,
+    kind: Callable[[Traced], object],
+) -> Traced:
+    """A trace in the mode that the model is in."""
+    ways: dict[str, Callable[[], Traced]] = {"torch.fx": lambda: _symbolic(model, players, inputs)}
+    if inputs is not None:
+        ways["torch.export"] = lambda: _exported(model, inputs)
+    # A forward that stores what it computes would store stand-ins; the tracer stores constants;
+    # and what has no stand-in is written into in earnest.
+    snapshot = Snapshot(model)
+    reasons = []
+    drawn = False
+    for way, make in ways.items():
+        try:
+            found, seed = steady(make, kind, snapshot)
+            drawn |= seed is not None
+            if isinstance(found, Exception):
+                raise found
+            # Exported operations are those of the model with gradients enabled.
+            with torch.set_grad_enabled(found.spec is not None):
+                if inputs is None or same_result(model, found.replay, inputs, snapshot, seed):
+                    return found
+            reasons.append(f"{way}: the trace computes something else than the model")
+        except RandomPathError as error:
+            raise _UntracedError([*reasons, f"{way}: {error}"], by_chance=True) from None
+        except Exception as error:  # tracers raise whatever the model's code raises
+            text = str(error).strip() or type(error).__name__
+            reasons.append(f"{way}: {text.splitlines()[0]}")
+    if inputs is None:
+        raise _UntracedError([*reasons, "torch.export: no example inputs were given"], False)
+    # Export refuses to branch on what torch draws, and raises.
+    raise _UntracedError(reasons, drawn)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

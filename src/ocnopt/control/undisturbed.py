@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ocnopt.control.snapshot import Snapshot
 
-__all__ = ["Inputs", "same_result", "silent", "unwatched"]
+__all__ = ["Inputs", "evaluation", "same_result", "silent", "unwatched"]
 
 #: Positional and keyword arguments of a call.
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -57,6 +57,23 @@ def unwatched(model: nn.Module) -> Iterator[None]:
             attributes[name] = hooks
 
 
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, without its ``eval``, which may do more than that."""
+    kept = [
+        module
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule) and module.training
+    ]
+    try:
+        for module in kept:
+            module.training = False
+        yield
+    finally:
+        for module in kept:
+            module.training = True
+
+
 def _of_torch(hook: Any) -> bool:
     """Whether a hook computes a weight, as weight_norm does."""
     return type(hook).__module__.startswith("torch.nn.utils")
@@ -67,6 +84,7 @@ def same_result(
     replay: Callable[[tuple[Any, ...], Mapping[str, Any]], Any],
     inputs: Inputs,
     snapshot: Snapshot,
+    seed: int | None = None,
 ) -> bool:
     """Whether something computes what the model computes, from the same state.
 
@@ -75,12 +93,17 @@ def same_result(
         replay: Called with positional and keyword arguments.
         inputs: Those of a call.
         snapshot: Of the model and of random states; each run ends there.
+        seed: What both draw their random numbers from; None for the states as they are.
     """
-    with snapshot:
-        args, kwargs = _copied(inputs)
-        expected, shape = tree_flatten(model(*args, **kwargs))
-    with snapshot:
-        found, other = tree_flatten(replay(*_copied(inputs)))
+
+    def run(call: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]) -> tuple[list[Any], Any]:
+        with snapshot:
+            if seed is not None:
+                snapshot.seed(seed)
+            return tree_flatten(call(*_copied(inputs)))
+
+    expected, shape = run(lambda args, kwargs: model(*args, **kwargs))
+    found, other = run(replay)
     return shape == other and all(_close(a, b) for a, b in zip(expected, found, strict=True))
 
 
