@@ -355,3 +355,25 @@ def test_a_step_is_that_of_the_network_that_was_called(seed):
                 assert torch.equal(p, q)
     reasons = {row.reason for row in optimizer.coverage() if row.treatment == "player"}
     assert not any("when the game was found" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("source", ["torch", "python", "numpy"])
+def test_a_second_pass_takes_the_same_path_and_leaves_random_states_as_they_were(source):
+    drawn, chance = [], CHANCE[source]
+
+    def out(net):
+        drawn.append(bool(chance(net)))
+        return drawn[-1]
+
+    net, optimizer = built(0, out, rollout="nonlinear", measure_every=1)
+    drawn.clear()
+    for seed in range(6):
+        seeded(seed)
+        optimizer.zero_grad()
+        optimizer.criterion(net(torch.ones(8, 4).double()), torch.arange(8) % 3).backward()
+        before = states(net)
+        optimizer.step()
+        assert states(net) == before
+        assert drawn == drawn[:4] * 3
+        assert optimizer.diagnostics.total.actual_decrease > 0
+        drawn.clear()

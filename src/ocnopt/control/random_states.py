@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["RandomState", "shared_states", "state_of"]
+__all__ = ["RandomState", "beside_torch", "shared_states", "state_of"]
 
 
 class RandomState:
@@ -49,6 +49,11 @@ def shared_states() -> Iterator[RandomState]:
     cuda = torch.cuda
     if cuda.is_initialized():
         yield RandomState(cuda.get_rng_state_all, cuda.set_rng_state_all, cuda.manual_seed_all)
+    yield from beside_torch()
+
+
+def beside_torch() -> Iterator[RandomState]:
+    """Python's own, and numpy's."""
     yield RandomState(random.getstate, random.setstate, random.seed)
     numpy = _numpy()
     if numpy is not None:

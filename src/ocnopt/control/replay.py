@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ocnopt.control.random_states import RandomState, beside_torch
+
 __all__ = [
     "Casts",
     "Setting",
@@ -31,6 +33,7 @@ class Setting:
 
     cpu_random: Tensor
     device_random: list[tuple[torch.device, Tensor]]
+    other_random: list[RandomState]
     autocast: Casts
 
 
@@ -82,6 +85,7 @@ def capture_setting(model: nn.Module) -> Setting:
     return Setting(
         torch.get_rng_state(),
         [(d, torch.cuda.get_rng_state(d)) for d in devices],
+        list(beside_torch()),
         autocast_now(),
     )
 
@@ -137,6 +141,9 @@ class guarded:
         self.device_random = [
             (d, torch.cuda.get_rng_state(d)) for d, _ in self.setting.device_random
         ]
+        self.other_random = list(beside_torch())
+        for kept in self.setting.other_random:
+            kept.restore()
         torch.set_rng_state(self.setting.cpu_random)
         for device, state in self.setting.device_random:
             torch.cuda.set_rng_state(state, device)
@@ -146,6 +153,8 @@ class guarded:
     def __exit__(self, *exc: object) -> None:
         self.casts.__exit__(None, None, None)
         torch.set_rng_state(self.random)
+        for other in self.other_random:
+            other.restore()
         for device, state in self.device_random:
             torch.cuda.set_rng_state(state, device)
         for buffer, kept in self.buffers:
