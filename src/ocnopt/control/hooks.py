@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ocnopt.control.passes import Use
 
 if TYPE_CHECKING:
     from ocnopt.control.record import Recorder
 
-__all__ = ["Anchored", "Committed", "GradHook", "ModuleHook", "Receiver"]
+__all__ = [
+    "Anchored",
+    "Committed",
+    "GradHook",
+    "ModuleHook",
+    "Receiver",
+    "Untraced",
+    "untraced",
+]
 
 
-class ModuleHook:
+class Untraced:
+    """What torch.compile must not trace: it notes real tensors, and what this very pass did.
+
+    Traced, that would be noted once (the version of an input, that no gradient had come yet) and
+    taken for true ever after. So compiled code leaves its graph to call :meth:`run`.
+    """
+
+    __slots__ = ()
+
+    #: Whether compiled code has come upon one; from then on dynamo may be at work around any.
+    met: ClassVar[bool] = False
+    #: Name of the method that is called from outside.
+    entry: ClassVar[str] = "__call__"
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """What the entry does."""
+        raise NotImplementedError
+
+
+@_disable_dynamo
+def untraced(callee: Untraced, args: tuple[Any, ...]) -> Any:
+    """Run something out of reach of torch.compile."""
+    from torch._dynamo.eval_frame import skip_code  # slow to import where nothing is compiled
+
+    Untraced.met = True
+    # Called from behind a break, the entry would be compiled itself, anew for each kind of layer.
+    skip_code(getattr(type(callee), callee.entry).__code__)
+    return callee.run(args)
+
+
+class ModuleHook(Untraced):
     """A hook that survives a deepcopy or pickle of its module as something that does nothing."""
 
     __slots__ = ("index", "recorder", "verb")
@@ -28,6 +67,13 @@ class ModuleHook:
 
     def __call__(self, *args: Any) -> Any:
         """Pass the call on while gradients are recorded."""
+        if torch.compiler.is_compiling():
+            # Without gradients there is nothing to leave the compiled graph for.
+            return untraced(self, args) if torch.is_grad_enabled() else None
+        return untraced(self, args) if Untraced.met else self.run(args)
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """As a call, as ordinary Python."""
         recorder = self.recorder()
         if recorder is None or not recorder.active or not torch.is_grad_enabled():
             return None
