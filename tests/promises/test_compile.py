@@ -201,6 +201,15 @@ def test_compiled_in_place_with_the_decrease_measured():
     assert optimizer.diagnostics.total.actual_decrease is not None
 
 
+@pytest.mark.parametrize("kind", INPLACE)
+def test_nonlinear_rollout_of_a_compiled_model_watches_a_pass_that_is_not_compiled(kind):
+    name = "DDPNOpt-identity"
+    torch._dynamo.utils.counters.clear()
+    model, plain, _ = trained_alike(kind, name, "aot_eager", 3, rollout="nonlinear")
+    assert_weights_equal(model, plain)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def test_each_recorded_layer_is_one_graph_break_and_no_hook_is_compiled(caplog):
     """Compiled hooks had been compiled anew for every layer, up to dynamo's limit of eight."""
     logger = logging.getLogger("torch._dynamo.convert_frame")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ocnopt.control.batch import Batch
+from ocnopt.control.hooks import Untraced, untraced
 from ocnopt.control.passes import Arrivals
 from ocnopt.control.players import Player
 from ocnopt.errors import GraphError
@@ -53,8 +55,10 @@ class Edge:
         self.columns: list[Tensor | None] = []
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(TorchFunctionMode, Untraced):
     """Numbers the results of a pass; forks the uses that cross a player's start."""
+
+    entry = "__torch_function__"
 
     def __init__(self, tape: Tape, forking: bool) -> None:
         super().__init__()
@@ -62,7 +66,14 @@ class _Watch(TorchFunctionMode):
         self.forking = forking
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        call = (func, args, kwargs or {})
+        if torch.compiler.is_compiling() or Untraced.met:
+            return untraced(self, call)
+        return self.run(call)
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """A function of torch is called."""
+        func, args, kwargs = args
         if self.tape.paused:
             return func(*args, **kwargs)
         if self.forking and torch.is_grad_enabled():
@@ -102,9 +113,8 @@ class Tape:
         self._players = players
         self._wanted: set[int] = set()
         self._open(forking=True)
-        self._handles.append(
-            model.register_forward_hook(lambda *_: self._close(), always_call=True)
-        )
+        end = _Hook(self._close)
+        self._handles.append(model.register_forward_hook(end, always_call=True))
 
     def _open(self, forking: bool) -> None:
         self._count = 0
@@ -112,7 +122,7 @@ class Tape:
         self._started: set[Player] = set()
         self._mode = _Watch(self, forking)
         self._handles = [
-            player.module.register_forward_pre_hook(_start_hook(self, player))
+            player.module.register_forward_pre_hook(_Hook(partial(self.start, player)))
             for player in self._players
         ]
         self._mode.__enter__()  # type: ignore[no-untyped-call]
@@ -216,8 +226,20 @@ class Tape:
         return None if total is None else batch.own(total)
 
 
-def _start_hook(tape: Tape, player: Player) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        tape.start(player)
+class _Hook(Untraced):
+    """A hook of a module that calls a function without arguments."""
 
-    return hook
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling() or Untraced.met:
+            untraced(self, ())
+        else:
+            self.run(())
+
+    def run(self, args: tuple[Any, ...]) -> None:
+        """As a call."""
+        self.function()
