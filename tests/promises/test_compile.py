@@ -231,3 +231,13 @@ def test_without_gradients_a_compiled_model_is_one_graph():
         explained = torch._dynamo.explain(model)(images()[0])
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     assert not optimizer.recorder.passes
+
+
+def test_several_passes_back_through_what_compiled_code_gives_away_are_refused_by_name():
+    options = {"name": "DDPNOpt-identity", "backend": "aot_eager", "terminal": "gauss-newton"}
+    with pytest.raises(ocnopt.RecordingError, match="donated_buffer = False"):
+        trained_alike("residual", **options)
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        model, plain, _ = trained_alike("residual", **options)
+    assert_weights_equal(model, plain)

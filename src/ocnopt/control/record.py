@@ -231,9 +231,7 @@ class Recorder:
             uses = [use for use, _ in current.edges if isinstance(use, Use)]
             samples = current.samples = count_samples(uses, [call])
             for column in terminal.columns(call, samples) if samples else ():
-                found = torch.autograd.grad(
-                    output, edges, column, retain_graph=True, allow_unused=True
-                )
+                found = _columns(output, edges, column)
                 for (use, _), value in zip(current.edges, found, strict=True):
                     use.columns.append(None if value is None else value.detach())
         finally:
@@ -309,6 +307,19 @@ class Recorder:
         elif current is not None and current.calls:
             current.let_go()  # its columns are known
         self._pending = [[] for _ in self.players]
+
+
+def _columns(output: Tensor, edges: list[Any], column: Tensor) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(output, edges, column, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RecordingError(
+            "terminal='gauss-newton' goes back through a pass several times, which compiled code "
+            "allows with torch._functorch.config.donated_buffer = False alone; set it before the "
+            "first forward pass, or use terminal='bounded'"
+        ) from error
 
 
 def _remove(handles: list[Any]) -> None:
