@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 from fractions import Fraction
 
 import games
@@ -13,6 +14,7 @@ from promises.conformance import (
     assert_state_equal,
     assert_weights_close,
     assert_weights_equal,
+    images,
     rule,
     step,
     weights,
@@ -307,14 +309,69 @@ def test_a_network_that_cannot_be_traced_is_played_layer_by_layer():
     assert optimizer.alignment == 0
 
 
+class Projected(nn.Module):
+    """A block whose shortcut is called before or after the path that it skips."""
+
+    def __init__(self, first, norm):
+        super().__init__()
+        self.first = first
+        layers = [nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)]
+        down = [nn.Conv2d(2, 4, 1)]
+        if norm:
+            layers = [part for layer in layers for part in (layer, nn.BatchNorm2d(4))]
+            down.append(nn.BatchNorm2d(4))
+        self.main, self.down = nn.Sequential(*layers), nn.Sequential(*down)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if self.first:
+            aside = self.down(x)
+            h = self.main(x)
+        else:
+            h = self.main(x)
+            aside = self.down(x)
+        return self.last(torch.relu(h + aside).mean((2, 3)))
+
+
+@pytest.mark.parametrize("alignment", ["early", "late"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_nonlinear_rollout_names_who_is_called_too_early_and_what_fits(first, norm, alignment):
+    torch.manual_seed(0)
+    model, criterion = Projected(first, norm).double(), nn.CrossEntropyLoss()
+    optimizer = dgnopt(model, criterion, rollout="nonlinear", alignment=alignment)
+    before = weights(model)
+    x, y = images()
+    if not norm and first == (alignment == "early"):
+        step(model, optimizer, criterion, x, y)
+        return
+    with pytest.raises(ocnopt.GraphError) as said:
+        step(model, optimizer, criterion, x, y)
+    found = re.search(r"calls layer '([\w.]+)' before '([\w.]+)', which acts", str(said.value))
+    main, down = [f"main.{i}" for i in range(4)], ["down.0", "down.1"]
+    calls = [*down, *main] if first else [*main, *down]
+    called, late = found.groups()
+    assert calls.index(called) < calls.index(late)
+    place = {p.name: s.index for s in optimizer.game.stages(optimizer.alignment) for p in s.players}
+    assert place[late] < place[called]
+    fits = "no alignment of its game" if norm else f"choose alignment={0 if first else 1},"
+    assert fits in str(said.value)
+    learnt = {name for name, _ in model.named_parameters()}  # the passes move statistics
+    assert all(torch.equal(before[n], p) for n, p in weights(model).items() if n in learnt)
+
+
 def test_the_nonlinear_rollout_asks_for_an_alignment_in_the_order_of_calls():
     """In `Residual` the shortcut is called after the layers that it skips: "late" fits."""
     criterion = nn.CrossEntropyLoss()
     early = dgnopt(net(), criterion, rollout="nonlinear", alignment="early")
     before = weights(early.model)
-    with pytest.raises(ocnopt.GraphError, match="choose another alignment"):
+    with pytest.raises(
+        ocnopt.GraphError, match=r"choose alignment=\d+, or rollout='linear'"
+    ) as said:
         train(early.model, early, 1, criterion)
     assert_weights_equal(early.model, before)
+    named = int(re.search(r"alignment=(\d+)", str(said.value))[1])
+    assert named == early.game.alignments - 1
 
     changes = []
     for lr in (1e-3, 5e-4):  # where steps are small, both rollouts are the same to first order

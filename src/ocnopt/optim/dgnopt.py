@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ocnopt.control.fictitious import Fictitious, require_penalty
 from ocnopt.control.game import Game, find_game
 from ocnopt.control.grouping import Grouping
 from ocnopt.control.passes import Pass
+from ocnopt.control.players import Player
 from ocnopt.control.replay import autocast_as
 from ocnopt.control.turns import Group, Party, Turn
 from ocnopt.curvature import Preconditioner
@@ -68,7 +70,7 @@ class DGNOpt(FeedbackOptimizer):
         bellman: This and all that follow: as in ``DDPNOpt``. How the value is pulled back through
             a stage.
         rollout: Where the state differential comes from; "nonlinear" needs an alignment in the
-            order in which the model calls its layers.
+            order in which the model calls its layers, which some networks do not have.
         terminal: Hessian of the terminal cost; "full" on chains alone.
         feedback_clip: Bound on a sample's feedback.
         value_reg: Tikhonov term on V_xx, with ``terminal="full"``.
@@ -259,6 +261,16 @@ class DGNOpt(FeedbackOptimizer):
         )
         self._require_own_policies([party for group in groups for party in group.parties])
         return groups
+
+    def _advice(self, called: Sequence[Player]) -> str:
+        """The alignment that has the order of the calls, if any has."""
+        if self.game is not None:
+            for index in range(self.game.alignments):
+                place = {p: stage.index for stage in self.game.stages(index) for p in stage.players}
+                order = [place[player] for player in called if player in place]
+                if order == sorted(order):
+                    return f"choose alignment={index}, or rollout='linear'"
+        return "no alignment of its game has the order of its calls; use rollout='linear'"
 
     def _require_own_policies(self, parties: list[Party]) -> None:
         """Raise if policies are to be kept of players who have none but a joint one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ class FeedbackOptimizer(ModelOptimizer):
             sweep = self._sweep(turns, batches)
             sweep.backward()
             if self.rollout == "nonlinear" and not self.full:
-                nonlinear_rollout(self.model, sweep, passes[0])
+                nonlinear_rollout(self.model, sweep, passes[0], self._advice)
             else:
                 sweep.forward()
             turns = sweep.turns
@@ -270,6 +271,10 @@ class FeedbackOptimizer(ModelOptimizer):
     def _stages(self, turns: list[Turn], batches: list[Batch]) -> list[Group] | None:
         """The turns by stage of the network's game; None where each has a stage of its own."""
         return None
+
+    def _advice(self, called: Sequence[Player]) -> str:
+        """What to do where the stages have another order than the calls of these players."""
+        return "use rollout='linear'"
 
     def _dense(self, batch: Batch) -> DenseBatch:
         """A batch with its chain: the forward pass is run once more and watched."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,12 @@ from ocnopt.errors import GraphError
 __all__ = ["actual_decrease", "nonlinear_rollout"]
 
 
-def nonlinear_rollout(model: nn.Module, sweep: Sweep, recorded: Pass) -> None:
+def nonlinear_rollout(
+    model: nn.Module,
+    sweep: Sweep,
+    recorded: Pass,
+    advice: Callable[[Sequence[Player]], str],
+) -> None:
     """Lines 14 to 18 of Algorithm 3: a second forward pass that applies updates on its way.
 
     The weights are put back at its end: the updates are applied for good together with all others,
@@ -27,6 +32,7 @@ def nonlinear_rollout(model: nn.Module, sweep: Sweep, recorded: Pass) -> None:
         model: The model.
         sweep: After its backward pass; its turns' changes are filled in.
         recorded: The pass that is run again.
+        advice: What to do where the stages have another order than these players' calls.
 
     Raises:
         GraphError: The model calls layers in another order than the game's stages have.
@@ -45,7 +51,14 @@ def nonlinear_rollout(model: nn.Module, sweep: Sweep, recorded: Pass) -> None:
         if group is None:
             return
         if id(group) not in acted:
-            _require_stage_order(sweep, group, passed)
+            late = _still_to_act(sweep, group, passed)
+            if late is not None:
+                called = [p for p in tape.starts if p in group_of]
+                raise GraphError(
+                    f"rollout='nonlinear' follows the order of calls, but the model calls layer "
+                    f"{player.name!r} before {late.name!r}, which acts at an earlier stage; "
+                    f"{advice(called)}"
+                )
             acted.add(id(group))
             with without_autocast():  # the forward pass may have one
                 sweep.act(group, [tape.rho(starts[player], sweep.batches[0])])
@@ -61,18 +74,15 @@ def nonlinear_rollout(model: nn.Module, sweep: Sweep, recorded: Pass) -> None:
             p.copy_(kept)
 
 
-def _require_stage_order(sweep: Sweep, group: Group, passed: set[Player]) -> None:
-    """Raise unless the stages before this one are over, so that their state can be seen."""
+def _still_to_act(sweep: Sweep, group: Group, passed: set[Player]) -> Player | None:
+    """Who of the stages before this one has not been called, so that its state cannot be seen."""
     for before in sweep.groups:
         if before is group:
-            return
+            break
         for turn in before.turns:
             if turn.player not in passed:
-                raise GraphError(
-                    f"rollout='nonlinear' follows the order of calls, but the model calls layer "
-                    f"{group.turns[0].player.name!r} before {turn.player.name!r} of an earlier "
-                    "stage; choose another alignment, or rollout='linear'"
-                )
+                return turn.player
+    return None
 
 
 def actual_decrease(model: nn.Module, criterion: nn.Module, passes: Sequence[Pass]) -> float | None:
