@@ -21,6 +21,7 @@ from ocnopt.control.alignment import (
     loss_reward,
 )
 from ocnopt.errors import OptionError
+from ocnopt.optim.rounds import alignment_named
 
 LEARNING = {
     "epsilon-greedy": lambda seed: EpsilonGreedy(seed=seed),
@@ -345,6 +346,10 @@ def test_loading_replaces_what_was(make):
         (
             lambda: Fixed(3).start(3),
             "index=3 is out of range: the network has 3 alignments; choose",
+        ),
+        (
+            lambda: alignment_named(5).start(2),
+            "alignment=5 is out of range: the network has 2.*of -2 to -1, which count from the",
         ),
         (lambda: Fixed(-2).start(1), "index=-2 is out of range: the network has 1 alignment;"),
         (lambda: RandomAlignment().start(0), "arms=0"),

@@ -214,6 +214,7 @@ class Fixed(Alignment):
 
     Args:
         index: Which; negative ones count from the last, as in a list.
+        option: What it is called where it was given, for messages.
 
     Raises:
         OptionError: It is no whole number.
@@ -221,17 +222,19 @@ class Fixed(Alignment):
 
     learns = False
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, *, option: str = "index") -> None:
         super().__init__()
         if not isinstance(index, int) or isinstance(index, bool):
-            raise OptionError(f"index={index!r} must be a whole number, such as 0 or -1")
+            raise OptionError(f"{option}={index!r} must be a whole number, such as 0 or -1")
         self.index = index
+        self._option = option
 
     def _setup(self, arms: int) -> None:
         if not -arms <= self.index < arms:
             raise OptionError(
-                f"index={self.index} is out of range: the network has {arms} alignment"
-                f"{'s' if arms > 1 else ''}; choose one of 0 to {arms - 1}"
+                f"{self._option}={self.index} is out of range: the network has {arms} alignment"
+                f"{'s' if arms > 1 else ''}; choose one of 0 to {arms - 1}, or of -{arms} to -1, "
+                "which count from the last"
             )
         super()._setup(arms)
 

@@ -58,9 +58,10 @@ class DGNOpt(FeedbackOptimizer):
         lr: Learning rate.
         information: "open-loop", "feedback" or "group-rational".
         alignment: "early" or "late" (beside the first or the last layer that a shortcut skips),
-            "auto" (late), an index, "random", or a bandit: "epsilon-greedy", "exp3++" (a choice
-            every 100 steps, rewarded by the loss's decrease, which takes the criterion), or an
-            object of ``ocnopt.control.alignment``, for this optimizer alone.
+            "auto" (late), an index (negative ones count from the last), "random", or a bandit:
+            "epsilon-greedy", "exp3++" (a choice every 100 steps, rewarded by the loss's decrease,
+            which takes the criterion), or an object of ``ocnopt.control.alignment``, for this
+            optimizer alone.
         game: The network's game, from ``ocnopt.control.game``; found from the model where not
             given.
         fictitious: A player without parameters at every stage, "cooperative" or "adversarial"

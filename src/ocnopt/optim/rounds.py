@@ -43,7 +43,7 @@ def alignment_named(option: str | int | Alignment) -> Alignment:
     if isinstance(option, Alignment):
         return option
     if isinstance(option, int) and not isinstance(option, bool):
-        return Fixed(option)
+        return Fixed(option, option="alignment")
     made: dict[str, Callable[[], Alignment]] = {
         "auto": lambda: Fixed(AUTO),
         "early": lambda: Fixed(0),
