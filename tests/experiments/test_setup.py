@@ -166,6 +166,13 @@ def test_an_own_function_without_a_signature_is_given_everything(monkeypatch):
     assert build.args == ((13,), 3)
 
 
+def test_an_own_network_that_is_a_module_and_builds_none(monkeypatch):
+    monkeypatch.setattr(setup, "find", lambda name, what: nn.Sequential(nn.Linear(13, 3)))
+    config = TrainConfig(network="mine:net", dataset="wine")
+    with pytest.raises(InputError, match=r"mine:net is a module \(Sequential\), not a function"):
+        build_network(config, load_data(config))
+
+
 def test_own_network_that_is_none(own):
     name = own()
     config = own_run(dataset="wine", network=f"{name}:nothing").resolved()

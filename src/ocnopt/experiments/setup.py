@@ -144,6 +144,11 @@ def build_network(config: TrainConfig, data: Data) -> nn.Module:
         return networks.gru_ode(series, *fits)
     with theirs(f"network {config.network}"):
         build = find(config.network, "network")
+        if isinstance(build, nn.Module):
+            raise InputError(
+                f"network {config.network} is a module ({type(build).__name__}), not a function or "
+                "a class that builds one; name a function that returns it, made anew"
+            )
         model = build(*_arguments(config.network, build, fits))
     if not isinstance(model, nn.Module):
         raise InputError(
