@@ -224,29 +224,31 @@ def test_stack_refuses_what_is_no_linear_layer(layer, named):
         stack([nn.Sequential(nn.Linear(3, 2), layer) for _ in SEEDS])
 
 
-# Divergence. Without a bound on feedback large rates overflow at different steps; what overflows
-# is the update (steps 13 and 14) or the gradient. Seed 3 does not.
+# Divergence. At these rates some seeds go wrong, at different steps, and others do not; which do is
+# decided by a factor of three or more, not by rounding.
 CLIMBING = ("ddpnopt", 3.0, {"feedback_clip": None})
 SOME = {
-    "torch": ("sgd", 1e100, {}),
+    "torch": ("sgd", 6e103, {}),  # the second loss is within double precision's range, or not
     "ddpnopt": CLIMBING,
     "full": ("ddpnopt", 100.0, {"terminal": "full", "value_reg": 1e-3}),
 }
+STEPS = {"torch": 2}
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Numbers end where single precision's do: beyond, rounding decides who comes back."""
+    """Updates end where those of seeds that keep going do not come: beyond, rounding rules."""
 
     def within(tensors):
-        return all(bool((t.abs() <= torch.finfo(torch.float32).max).all()) for t in tensors)
+        return all(bool((t.abs() <= 5e4).all()) for t in tensors)
 
     monkeypatch.setattr(base, "all_finite", within)
 
 
 def diverging(kind, **settings):
     optimizer, lr, options = SOME[kind]
-    small = {"batch_size": 8, "activation": "relu", "steps": 20, "log_every": 4}
+    steps = STEPS.get(kind, 20)
+    small = {"batch_size": 8, "activation": "relu", "steps": steps, "log_every": 4}
     return wine(optimizer, lr, options=options, **{**small, **settings})
 
 

@@ -10,7 +10,9 @@ from torch import nn
 import ocnopt
 
 STEPS = 20
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+#: An update is rounded once more than torch's, which twenty steps magnify, to nine units in single
+#: precision's last place on one processor. The strict comparison is the one in double precision.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 LENDERS = {
     "sgd": ("identity", torch.optim.SGD, {}, {"lr": 0.05}),
