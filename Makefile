@@ -46,12 +46,13 @@ papers: $(STAMP) ## make the paper's tables and figures anew in docs/results (tw
 	$(BIN)/ocnopt compare --recipe fashion-mnist-fcn $(PAIRS) --seeds 5 --margin 2 \
 	  --output docs/results/compare-fashion-mnist --data-root $(DATA_ROOT)
 
-benchmarks: $(STAMP) ## measure defaults, robustness, damping and cost anew (half an hour or more)
+benchmarks: $(STAMP) ## measure defaults, robustness, damping and cost anew (two hours or more)
 	$(BIN)/python benchmarks/defaults.py run --data-root $(DATA_ROOT)
 	$(BIN)/python benchmarks/robustness.py
 	$(BIN)/python benchmarks/damping.py
 	$(BIN)/python benchmarks/step_cost.py --page docs/results/cost.md
 	$(BIN)/python benchmarks/game_cost.py --page docs/results/game-cost.md
+	$(BIN)/python benchmarks/gram_tolerance.py --data-root $(DATA_ROOT)
 	$(BIN)/python benchmarks/ode_cost.py --page docs/results/ode-cost.md
 
 lint: $(STAMP) ## check style and formatting
