@@ -123,7 +123,7 @@ class EKFAC(Factored):
         update_every: Steps between two updates of the factors and their eigenbasis.
         gram_tolerance: Relative error allowed in a player's samples' Gram numbers, and how much of
             the coupling between players who cooperate, in norm, may be left out of theirs; with 0
-            every direction is looked at. These are bounds: at 0.1 updates were off by 2.5 % at most.
+            every direction is looked at. A bound: at 0.1 updates were off by 2.5 % at most.
         eigen_decay: Smoothing of the corrected eigenvalues, in [0, 1].
 
     Raises:
