@@ -4,8 +4,7 @@
 
 ResNet-18 takes ten minutes by itself, and is measured with few optimizers.
 
-All optimizers take turns in one run, one step each per round. A step that refreshes the curvature
-costs more than the nine after it: the median is taken for each of the ten apart, then their mean.
+All optimizers take turns in one run, one step each per round, refreshes of the curvature included.
 Memory is the peak of live tensor storage, in a step that refreshes and in one that does not.
 
 The networks "1 branch" to "8 branches" have one block of so many 3x3 convolutions side by side,
@@ -16,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from step_cost import Net, Run, own, relative
+from step_cost import Net, Run, own, relative, seconds_over_cycles
 from torch import Tensor, nn
 
 import ocnopt
@@ -35,8 +33,6 @@ from ocnopt.experiments.networks import (
     residual_fcn,
 )
 
-#: Steps between two refreshes of the curvature, the default.
-CYCLE = 10
 #: The optimizer that the page is about.
 WHOLE = "DGNOpt ekfac, group-rational"
 #: What the networks below that take long are measured with.
@@ -117,19 +113,12 @@ def measure(net: str, cycles: int) -> dict[str, dict[str, float]]:
     device = torch.device("cpu")
     names = FEW if net in SLOW else OPTIMIZERS
     runs = {name: Run(NETS[net], OPTIMIZERS[name], device) for name in names}
-    cycles = 1 if net in SLOW else cycles
-    for run in runs.values():
-        for _ in range(CYCLE):
-            run.step()
-    for _ in range(cycles * CYCLE):
-        for run in runs.values():
-            run.timed()
+    seconds = seconds_over_cycles(runs, 1 if net in SLOW else cycles)
     found = {}
     for name, run in runs.items():
-        phases = [statistics.median(run.times[i::CYCLE]) for i in range(CYCLE)]
         refreshing, after = run.memory(), run.memory()
         found[name] = {
-            "seconds": statistics.fmean(phases),
+            "seconds": seconds[name],
             "bytes": float(max(refreshing, after)),
             "bytes_after": float(after),
         }

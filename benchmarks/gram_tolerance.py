@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_cost import Net, Run, own
+from step_cost import CYCLE, Net, Run, own, seconds_over_cycles
 from torch import Tensor, nn
 
 import ocnopt
@@ -35,8 +35,6 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "gram-toler
 TOLERANCES = (0.0, 0.01, 0.03, 0.1, 0.3)
 INFORMATION = ("feedback", "group-rational")
 SHAPE, CLASSES, BATCH, RATE = (3, 32, 32), 10, 32, 0.1
-#: Steps between two refreshes of the curvature, the default.
-CYCLE = 10
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: residual_cnn(ResidualCNN((16, 32, 64)), SHAPE, CLASSES),
@@ -140,16 +138,7 @@ def times(net: str, data: Any, cycles: int) -> dict[str, dict[str, float]]:
                 dgnopt, information=information, tolerance=tolerance
             )
     runs = {name: Run(build, make, torch.device("cpu")) for name, make in optimizers.items()}
-    for run in runs.values():
-        for _ in range(CYCLE):
-            run.step()
-    for _ in range(cycles * CYCLE):
-        for run in runs.values():
-            run.timed()
-    means = {
-        name: statistics.fmean(statistics.median(run.times[i::CYCLE]) for i in range(CYCLE))
-        for name, run in runs.items()
-    }
+    means = seconds_over_cycles(runs, cycles)
     return {
         information: {str(t): means[f"{information} {t}"] / means["EKFAC"] for t in TOLERANCES}
         for information in INFORMATION
@@ -208,20 +197,19 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     data = load("cifar-10", asked.data_root)
-    figures = {
-        net: {
+    figures: dict[str, Any] = {}
+    for net in asked.nets.split(","):
+        figures[net] = {
             "times": times(net, data, asked.cycles),
             "runs": {
                 information: [train(net, information, seed, data) for seed in range(asked.seeds)]
                 for information in INFORMATION
             },
         }
-        for net in asked.nets.split(",")
-    }
-    text = page(figures, asked.seeds)
+        text = page(figures, asked.seeds)  # with what there is so far: a network takes long
+        asked.page.write_text(text)
+        asked.page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     print(text)
-    asked.page.write_text(text)
-    asked.page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 #: The net whose arithmetic is next to nothing.
 SMALL = "fcn"
+#: Steps between two refreshes of the curvature, the default.
+CYCLE = 10
 #: Products of a step of SGD, per layer: forward, gradients of inputs and of weights.
 PRODUCTS = 3
 #: Products per layer that an optimizer adds to its lender's step; without .grad autograd forms one
@@ -186,6 +188,27 @@ class Run:
         with PeakMemory() as live:
             self.step()
         return live.peak + held
+
+
+def seconds_over_cycles(runs: dict[str, Run], cycles: int) -> dict[str, float]:
+    """Mean seconds of a step, one that refreshes the curvature in every ten, taken in turns.
+
+    That one costs more than the others: the median is taken for each place in a cycle apart.
+
+    Args:
+        runs: By optimizer; none has taken a step.
+        cycles: How many are timed, after one that is not.
+    """
+    for run in runs.values():
+        for _ in range(CYCLE):
+            run.step()
+    for _ in range(cycles * CYCLE):
+        for run in runs.values():
+            run.timed()
+    return {
+        name: statistics.fmean(statistics.median(run.times[i::CYCLE]) for i in range(CYCLE))
+        for name, run in runs.items()
+    }
 
 
 def held_bytes(roots: list[object]) -> int:
