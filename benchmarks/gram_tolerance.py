@@ -146,7 +146,8 @@ def times(net: str, data: Any, cycles: int) -> dict[str, dict[str, float]]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.3f} ± {spread:.3f}"
 
 
 def page(figures: dict[str, Any], seeds: int) -> str:
