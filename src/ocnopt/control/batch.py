@@ -203,10 +203,8 @@ def _total(scales: list[float | Tensor]) -> float | Tensor:
     total: float | Tensor = 0.0
     sizes: float | Tensor = 0.0
     for scale in scales:
-        total, sizes = (
-            total + scale,
-            sizes + (abs(scale) if isinstance(scale, float) else scale.abs()),
-        )
+        total = total + scale
+        sizes = sizes + (abs(scale) if isinstance(scale, float) else scale.abs())
     if isinstance(total, float):
         return sizes if total >= 0 else -sizes
     return torch.where(total >= 0, sizes, -sizes)

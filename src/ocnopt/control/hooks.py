@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 
-class Untraced:
+class Untraced(ABC):
     """What torch.compile must not trace: it notes real tensors, and what this very pass did.
 
     Traced, that would be noted once (the version of an input, that no gradient had come yet) and
@@ -39,9 +40,9 @@ class Untraced:
     #: Name of the method that is called from outside.
     entry: ClassVar[str] = "__call__"
 
+    @abstractmethod
     def run(self, args: tuple[Any, ...]) -> Any:
         """What the entry does."""
-        raise NotImplementedError
 
 
 @_disable_dynamo
